@@ -131,12 +131,12 @@ class SharedProduct:
     start: int
     stop: int
     rows: slice | Tensor
-    mask: Tensor  # [stop - start, number of rows], 1 where the row is the token's own
+    foreign: Tensor  # bool [stop - start, number of rows], True where the row is not the token's own
     linears: int
 
 
 def _share(segments: Sequence[Segment], pool: PoolTensors) -> SharedProduct:
-    device, dtype = pool.a[0].device, pool.a[0].dtype
+    device = pool.a[0].device
     start, stop = min(s.start for s in segments), max(s.stop for s in segments)
     extents = sorted({(s.row, s.rank) for s in segments})
     lo, hi = extents[0][0], extents[-1][0] + extents[-1][1]
@@ -149,12 +149,12 @@ def _share(segments: Sequence[Segment], pool: PoolTensors) -> SharedProduct:
         num_rows, column, at = rows.numel(), {}, 0
         for row, rank in extents:
             column[row], at = at, at + rank
-    mask = torch.zeros(stop - start, num_rows, dtype=dtype)
+    foreign = torch.ones(stop - start, num_rows, dtype=torch.bool)
     linears = 0
     for s in segments:
-        mask[s.start - start : s.stop - start, column[s.row] : column[s.row] + s.rank] = 1
+        foreign[s.start - start : s.stop - start, column[s.row] : column[s.row] + s.rank] = False
         linears |= s.linears
-    return SharedProduct(start, stop, rows, mask.to(device, non_blocking=True), linears)
+    return SharedProduct(start, stop, rows, foreign.to(device, non_blocking=True), linears)
 
 
 class PooledPlan:
@@ -176,5 +176,6 @@ class PooledPlan:
         shared = self._shared
         if shared is not None and shared.linears >> linear & 1:
             h = tokens[shared.start : shared.stop] @ a[shared.rows].t()
-            out[shared.start : shared.stop].addmm_(h.mul_(shared.mask), b[shared.rows])
+            # Filled, not multiplied: what overflows in one adapter's rows must not reach another's tokens as NaN.
+            out[shared.start : shared.stop].addmm_(h.masked_fill_(shared.foreign, 0), b[shared.rows])
         return y
