@@ -18,7 +18,9 @@ BASE_NAME = "tiny-chat"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\nYou are tiny.<|im_end|>\n' }}{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are tiny.<|im_end|>\n' }}"
+    "{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -65,8 +67,8 @@ def build_base(
 ) -> Path:
     """Write a tokenizer and a random fp32 Llama (4 heads, 2 KV heads); returns the directory.
 
-    All linears fit NF4 (inputs are multiples of 64, outputs of 32). Weights are wide enough that the argmax of a position
-    is seldom a near tie.
+    All linears fit NF4 (inputs are multiples of 64, outputs of 32). Weights are wide enough that the argmax of a
+    position is seldom a near tie.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
