@@ -1,19 +1,19 @@
 """What can go wrong with a request or a job. Its sibling is `adapters.errors`; `app/api/errors.py` maps both to HTTP.
 
-    LodgerError                     code, param; docstring = default message = what to do next
-    ├── RequestInvalid              the client's request can never work as it is
-    │   ├── ContextLengthExceeded
-    │   ├── ModelNotFound
-    │   ├── UnknownParameter
-    │   └── UnsupportedParameter
-    ├── AccessDenied
-    │   ├── InvalidApiKey · TenantRequired · TenantMismatch · InsufficientScope
-    ├── RateLimited                 this tenant's limit
-    ├── ServerBusy                  the server's state: come again
-    │   ├── QueueFull · ServerDraining · EngineNotReady · OutOfMemory
-    ├── DeadlineExceeded
-    └── InternalError               our fault; nothing of the cause reaches the client but the request id
-        └── NonFiniteOutput         this adapter version made NaN or inf
+LodgerError                     code, param; docstring = default message = what to do next
+├── RequestInvalid              the client's request can never work as it is
+│   ├── ContextLengthExceeded
+│   ├── ModelNotFound
+│   ├── UnknownParameter
+│   └── UnsupportedParameter
+├── AccessDenied
+│   ├── InvalidApiKey · TenantRequired · TenantMismatch · TenantErased · InsufficientScope
+├── RateLimited                 this tenant's limit
+├── ServerBusy                  the server's state: come again
+│   ├── QueueFull · ServerDraining · EngineNotReady · OutOfMemory · DatabaseUnavailable
+├── DeadlineExceeded
+└── InternalError               our fault; nothing of the cause reaches the client but the request id
+    └── NonFiniteOutput         this adapter version made NaN or inf
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class RequestInvalid(LodgerError):
 
 
 class ContextLengthExceeded(RequestInvalid):
-    """The prompt and max_tokens together are longer than the model's context. Shorten the prompt or ask for fewer tokens."""
+    """Prompt and max_tokens together exceed the model's context. Shorten the prompt or ask for fewer tokens."""
 
     code = "context_length_exceeded"
 
@@ -89,6 +89,12 @@ class TenantMismatch(AccessDenied):
     code = "tenant_mismatch"
 
 
+class TenantErased(AccessDenied):
+    """This tenant was erased. Nothing of it is left, and its id is not used again."""
+
+    code = "tenant_erased"
+
+
 class InsufficientScope(AccessDenied):
     """This needs the admin key."""
 
@@ -97,6 +103,17 @@ class RateLimited(LodgerError):
     """This tenant's limit is reached. Wait for the time that Retry-After names."""
 
     code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s  # None: waiting alone does not help, or nobody knows
 
 
 class ServerBusy(LodgerError):
@@ -125,6 +142,10 @@ class OutOfMemory(ServerBusy):
     """There was not enough memory for this request. Try again, or send a shorter prompt."""
 
     code = "insufficient_memory"
+
+
+class DatabaseUnavailable(ServerBusy):
+    """The server's database cannot be used now. Try again shortly."""
 
 
 class DeadlineExceeded(LodgerError):
