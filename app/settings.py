@@ -6,7 +6,6 @@ them and says what is wrong. Knows nothing of the components, which take plain a
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from app.machine import available_cores, default_data_dir, default_host_cache_bytes, is_loopback
 
 PREFIX = "LODGER_"
 MIN_ADMIN_KEY_CHARS = 16
@@ -48,37 +49,6 @@ class S3Location:
 
     bucket: str
     prefix: str
-
-
-def default_data_dir() -> Path:
-    """`lodger` below XDG_DATA_HOME, or below ~/.local/share."""
-    base = os.environ.get("XDG_DATA_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "share") / "lodger"
-
-
-def available_cores() -> int:
-    """Cores this process may use: its affinity, and no more than its control group's quota pays for."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
-
-
-def default_host_cache_bytes() -> ByteSize:
-    """4 GiB, but no more than a quarter of the machine's memory."""
-    return ByteSize(min(4 * GIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4))
-
-
-def is_loopback(host: str) -> bool:
-    """True when only this machine can reach a listener on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Settings(BaseSettings):
@@ -172,7 +142,9 @@ class Settings(BaseSettings):
     max_adapter_bytes: Bytes = Field(
         ByteSize(512 * MIB), description="Largest weights file of an adapter, whatever the base would allow."
     )
-    host_cache_bytes: Bytes = Field(default_factory=default_host_cache_bytes, description="Host memory for adapters.")
+    host_cache_bytes: Bytes = Field(
+        default_factory=lambda: ByteSize(default_host_cache_bytes()), description="Host memory for adapters."
+    )
     disk_cache_bytes: Bytes = Field(ByteSize(20 * GIB), description="Disk for downloaded adapters.")
     loader_workers: Annotated[int, Field(ge=1, le=64)] = Field(4, description="Adapters fetched at a time.")
     pointer_ttl_s: Seconds = Field(
@@ -285,6 +257,22 @@ class Settings(BaseSettings):
         _require_known_database(self.database_url)
         return self
 
+    def listening_faults(self) -> list[str]:
+        """Why it would be unsafe to listen as these settings say; checked before serving, not by other commands."""
+        where, host = ("LODGER_HOST", self.host) if self.admin_port is None else ("LODGER_ADMIN_HOST", self.admin_host)
+        key_chars = len(self.admin_key_text or "")
+        if is_loopback(host) or key_chars >= MIN_ADMIN_KEY_CHARS:
+            return []
+        if key_chars == 0:
+            return [
+                f"{where} is {host}, so others could reach the admin routes: set LODGER_ADMIN_KEY, "
+                "or keep them on loopback with LODGER_ADMIN_PORT"
+            ]
+        return [
+            f"{where} is {host}, and LODGER_ADMIN_KEY has {key_chars} characters: use {MIN_ADMIN_KEY_CHARS} or more, "
+            "for example from `openssl rand -hex 24`"
+        ]
+
     @property
     def base_id(self) -> str:
         """The base's id in the `model` field of the API."""
@@ -324,18 +312,6 @@ def _require_known_database(url: str) -> None:
 
 def _contradictions(s: Settings) -> Iterator[str]:
     """Say of each pair of settings that do not fit together why, naming both."""
-    where, host = ("LODGER_HOST", s.host) if s.admin_port is None else ("LODGER_ADMIN_HOST", s.admin_host)
-    key_chars = len(s.admin_key_text or "")
-    if not is_loopback(host) and key_chars == 0:
-        yield (
-            f"{where} is {host}, so others could reach the admin routes: set LODGER_ADMIN_KEY, "
-            "or keep them on loopback with LODGER_ADMIN_PORT"
-        )
-    if not is_loopback(host) and 0 < key_chars < MIN_ADMIN_KEY_CHARS:
-        yield (
-            f"{where} is {host}, and LODGER_ADMIN_KEY has {key_chars} characters: use {MIN_ADMIN_KEY_CHARS} or more, "
-            "for example from `openssl rand -hex 24`"
-        )
     if s.admin_port is not None and s.admin_port == s.port != 0:
         yield f"LODGER_ADMIN_PORT and LODGER_PORT are both {s.port}: choose two ports"
     if s.pool_rank < s.max_rank:
