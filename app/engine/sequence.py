@@ -1,6 +1,7 @@
-"""The engine's nouns: what a client asked (`Request`), its life (`Sequence`), what a step runs (`Batch`), what it emits.
+"""The engine's nouns: what a client asked (`Request`), its life (`Sequence`), a step's work (`Batch`), what it emits.
 
-Plain Python without torch. `Request` and the events cross threads and are frozen; a `Sequence` belongs to the engine thread.
+Plain Python without torch. `Request` and the events cross threads and are frozen; a `Sequence` belongs to the engine
+thread.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import enum
 from dataclasses import dataclass, field
 
 from adapters.manifest import AdapterManifest
+
+AdapterKey = tuple[str, str]  # (tenant, digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,9 @@ class Sequence:
     tier: str | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     sampler_state: object | None = None  # owned by the sampler: generator and token counts
+    block_hashes: list[bytes] = field(default_factory=list)  # of leading full blocks; filled by the KV cache as needed
+    num_committed: int = 0  # leading blocks that the KV cache has seen computed
+    pending_hash: bytes | None = None  # the full block that is computed next; filled by the KV cache
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -158,9 +164,14 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def adapter_key(self) -> tuple[str, str] | None:
+    def adapter_key(self) -> AdapterKey | None:
         adapter = self.request.adapter
         return None if adapter is None else (adapter.tenant, adapter.digest)
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """True while prompt log-probabilities are owed: each prompt position must then be computed, none found."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_generated == 0
 
 
 @dataclass(frozen=True, slots=True)
