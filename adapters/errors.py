@@ -15,7 +15,8 @@ AdapterError                    code, param
 └── AdapterUnavailable          the store is down, slow, or answered with the wrong bytes: try again
     └── AdapterDigestMismatch
 StoreError                      raised by a BlobStore
-├── ObjectNotFound · ObjectTooLarge · StoreDenied
+├── ObjectNotFound · ObjectTooLarge · ObjectKeyInvalid · StoreDenied
+├── LocalDiskFailed             the file beside the store, not the store itself
 └── StoreUnavailable            timeouts, refused connections, 5xx, open breaker
 """
 
@@ -240,6 +241,14 @@ class ObjectNotFound(StoreError):
 
 class ObjectTooLarge(StoreError):
     """The object is larger than allowed here."""
+
+
+class ObjectKeyInvalid(StoreError):
+    """Object keys are relative paths of plain segments: no empty one, no `.` or `..`, no control characters."""
+
+
+class LocalDiskFailed(StoreError):
+    """The local disk could not hold the object. Free space in the data directory."""
 
 
 class StoreDenied(StoreError):
