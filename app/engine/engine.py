@@ -23,13 +23,12 @@ from adapters.errors import AdapterError
 from adapters.manifest import AdapterManifest
 from adapters.weights import HostAdapter
 from app.engine.model_runner import ModelRunner
-from app.engine.residency import Arrival, Key, Loader, Residency
+from app.engine.residency import Arrival, Key, Residency
 from app.engine.sampler import Sampled
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import (
     Admitted,
     Batch,
-
     Event,
     Finished,
     FinishReason,
@@ -41,14 +40,12 @@ from app.engine.sequence import (
 from app.engine.snapshot import EngineSnapshot, StepCounters
 from app.engine.stopping import finish_reason_after
 from app.errors import (
-    ContextLengthExceeded,
     DeadlineExceeded,
     EngineNotReady,
     InternalError,
     LodgerError,
     NonFiniteOutput,
     OutOfMemory,
-    QueueFull,
     ServerDraining,
 )
 
@@ -70,16 +67,6 @@ class TrainingStepper(Protocol):
 
     def quantum(self) -> None:
         """Do one small piece: a layer forward or backward, an optimizer step. Never raises for a job's own faults."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What the engine refuses at the door."""
-
-    max_waiting: int  # requests in the queue
-    max_context: int  # tokens
-    vocab_size: int
-    latency_factor: float = 1.5  # inter-token latency with training may be this many times that without
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,24 +92,23 @@ class Engine:
     def __init__(
         self,
         *,
-        scheduler: Scheduler,
+        make_residency: Callable[[Callable[[Arrival], None]], Residency],
+        make_scheduler: Callable[[Residency], Scheduler],
         runner: ModelRunner,
-        residency_of: Callable[[Callable[[Arrival], None]], Residency],
-        loader: Loader,
-        limits: EngineLimits,
+        latency_factor: float = 1.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | Arrival] = queue.SimpleQueue()
-        self._residency = residency_of(self._inbox.put)
-        self._loader = loader
-        self._scheduler = scheduler
+        # The residency posts what loader threads fetched; the scheduler asks the residency for leases.
+        self._residency = make_residency(self._inbox.put)
+        self._scheduler = make_scheduler(self._residency)
         self._runner = runner
         self._clock = clock
-        self.limits = limits
+        self._latency_factor = latency_factor
         self.trainer: TrainingStepper | None = None
         self._sinks: dict[str, Sink] = {}
         self._outbox: dict[Sink, list[Event]] = {}
-        self._queued = 0  # submitted and not yet absorbed; int += is one step under the GIL's eyes of our one writer lock
+        self._queued = 0  # submitted and not yet absorbed; guarded by the one lock of this file
         self._submit_lock = threading.Lock()
         self._draining = False
         self._stopped = threading.Event()
@@ -144,20 +130,15 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its events reach `sink` in the engine thread, once a step, all of one sink together.
 
-        Raises QueueFull, ServerDraining, EngineNotReady or ContextLengthExceeded; then no event follows.
+        Raises QueueFull, RateLimited, ServerDraining, EngineNotReady, ContextLengthExceeded or OutOfMemory (longer than
+        the KV cache); then no event follows.
         """
         if self._draining:
             raise ServerDraining()
         if self._thread is None or self._stopped.is_set():
             raise EngineNotReady()
-        if len(request.prompt) + 1 > self.limits.max_context:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(request.prompt)} tokens; the model's context is {self.limits.max_context}"
-            )
-        self._scheduler.check_fits(request)
         with self._submit_lock:
-            if self._queued + self._scheduler.num_waiting >= self.limits.max_waiting:
-                raise QueueFull()
+            self._scheduler.check_submit(request, inbox=self._queued)
             self._queued += 1
         self._inbox.put(_Submit(request, sink))
 
@@ -186,9 +167,7 @@ class Engine:
                 self._residency.pool.pin(key)
             future.set_result(tier)
 
-        def fetched(
-            _: AdapterManifest, adapter: HostAdapter | None, error: AdapterError | None, tier: str
-        ) -> None:
+        def fetched(_: AdapterManifest, adapter: HostAdapter | None, error: AdapterError | None, tier: str) -> None:
             self.call(lambda: place(adapter, error, tier))
 
         def begin() -> None:
@@ -257,7 +236,7 @@ class Engine:
         now = self._clock()
         self._residency.new_step()
         for sequence in self._scheduler.expire(now):
-            self._finish(sequence, FinishReason.DEADLINE, DeadlineExceeded())
+            self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
         batch = self._scheduler.schedule(now)
         self._emit_admissions()
         if batch.chunks:
@@ -283,7 +262,7 @@ class Engine:
                 with self._submit_lock:
                     self._queued -= 1
                 self._sinks[request.id] = sink
-                self._scheduler.add(Sequence(request), self._clock())
+                self._scheduler.add(Sequence(request))
             case _Cancel(request_id):
                 sequence = self._scheduler.cancel(request_id)
                 if sequence is not None:
@@ -302,7 +281,7 @@ class Engine:
 
     def _run_and_commit(self, batch: Batch) -> None:
         sampled = self._run(batch)
-        self._scheduler.commit(batch, {k: s.token for k, s in sampled.items() if s.is_finite}, self._clock())
+        self._scheduler.commit(batch, {k: s.token for k, s in sampled.items() if s.is_finite})
         for chunk in batch.chunks:
             result = sampled.get(chunk.sequence.id)
             if result is not None:
@@ -336,7 +315,7 @@ class Engine:
             if sequence.request.sampling.prompt_logprobs is not None:
                 scored = tuple(sequence.prompt_logprobs)
         self._emit(sequence.id, Token(sequence.id, result.token, result.logprob, scored))
-        reason = finish_reason_after(sequence, result.token, self.limits.max_context)
+        reason = finish_reason_after(sequence, result.token, self._scheduler.limits.max_context)
         if reason is not None:
             self._finish(sequence, reason)
 
@@ -404,7 +383,7 @@ class Engine:
             return
         assert self.trainer is not None
         if self._scheduler.has_running:
-            self._training_credit_s += (self.limits.latency_factor - 1) * self.counters.last_step_s
+            self._training_credit_s += (self._latency_factor - 1) * self.counters.last_step_s
             if self._training_credit_s < self._quantum_s:
                 return
         started = self._clock()
@@ -427,7 +406,7 @@ class Engine:
             pool_leased_rows=pool.leased_rows,
             quarantined=self._residency.num_quarantined,
             placements=self._residency.placements,
-            evictions=pool.evictions,
+            evictions=pool.num_evictions,
             counters=self.counters.freeze(),
         )
 
@@ -437,5 +416,3 @@ class Engine:
         self._residency.pool.check()
         assert not self._sinks, f"{len(self._sinks)} listeners are left"
         assert self._residency.pool.leased_rows == 0, "leases are left"
-
-

@@ -151,7 +151,7 @@ class Residency:
 
     def residents(self) -> tuple[Resident, ...]:
         return tuple(
-            Resident(entry.key, self._manifests[entry.key].label, entry.rank, entry.leases, entry.pinned)
+            Resident(entry.key, self._manifests[entry.key].label, entry.extent.count, entry.leases, entry.is_pinned)
             for entry in self.pool.resident()
         )
 
