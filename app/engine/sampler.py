@@ -77,7 +77,7 @@ class Sampler:
             if not indices:
                 continue
             rows, chosen = _index(indices, logits.device), [sequences[i] for i in indices]
-            work = logits[rows].float()  # a copy
+            work = logits.index_select(0, rows).float()  # a copy
             if indices is not plain:
                 for row, seq in zip(work, chosen, strict=True):
                     _state_of(seq, self.vocab_size, self.device).apply(row, seq)
@@ -90,7 +90,7 @@ class Sampler:
             return {}
         rows = _index(asked, logits.device)
         counts = [sequences[i].request.sampling.logprobs or 0 for i in asked]
-        return dict(zip(asked, _score(logits[rows].float(), tokens[rows], counts), strict=True))
+        return dict(zip(asked, _score(logits.index_select(0, rows).float(), tokens[rows], counts), strict=True))
 
 
 def _index(values: Rows[int], device: torch.device) -> Tensor:
@@ -141,7 +141,8 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     weights = logits.exp()
     if cut is not None:
         weights.masked_fill_(logits < cut, 0.0)
-    _apply_top_p(logits, weights, params)
+    if any(p.top_p < 1.0 for p in params):
+        weights.masked_fill_(weights < _top_p_cut(weights, params), 0.0)
     numbers = torch.tensor([_next_uniform(seq) for seq in sequences], dtype=torch.float64, device=logits.device)
     return _look_up(weights, numbers)
 
@@ -149,13 +150,13 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
 def _look_up(weights: Tensor, numbers: Tensor) -> Tensor:
     """The first token of each row whose cumulated weight is above the row's number times the row's total.
 
-    weights [n, V] fp32 >= 0; numbers [n] float64 in [0, 1). In float64, as fp32 would lose the tail of a large
-    vocabulary, and in two levels, as a cumulated sum is the slowest of these operations: blocks of tokens, then the
-    tokens of the block found.
+    weights [n, V] fp32 >= 0; numbers [n] float64 in [0, 1). Cumulated in float64, as fp32 would lose the tail of a
+    large vocabulary, and in two levels, as a cumulated sum is the slowest of these operations: blocks of tokens, then
+    the tokens of the block found.
     """
     n, vocab = weights.shape
     blocks = torch.nn.functional.pad(weights, (0, -vocab % LOOK_UP_BLOCK)).view(n, -1, LOOK_UP_BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     targets = numbers[:, None] * ends[:, -1:]
     # right=True, twice: what is found has itself a weight above zero. Only a row that is not finite finds nothing.
     block = torch.searchsorted(ends, targets, right=True).clamp_(max=blocks.shape[1] - 1)
@@ -182,42 +183,36 @@ def _min_p_and_top_k_cut(logits: Tensor, params: list[SamplingParams]) -> Tensor
     if limited:
         rows = _index(limited, logits.device)
         counts = _index([params[i].top_k for i in limited], logits.device)
-        largest = logits[rows].topk(max(params[i].top_k for i in limited), dim=-1).values
+        largest = logits.index_select(0, rows).topk(max(params[i].top_k for i in limited)).values
         least = logits.new_full((len(params), 1), -math.inf)
         least[rows] = largest.gather(-1, counts[:, None] - 1)
         cut = least if cut is None else torch.maximum(cut, least)
     return cut
 
 
-def _apply_top_p(logits: Tensor, weights: Tensor, params: list[SamplingParams]) -> None:
-    """Zero the weights outside each row's nucleus: the fewest most likely tokens whose share reaches top_p.
+def _top_p_cut(weights: Tensor, params: list[SamplingParams]) -> Tensor:
+    """The least weight [n, 1] in each row's nucleus, the fewest most likely tokens whose share reaches top_p; 0: all.
 
-    logits [n, V]; weights [n, V] are exp(logits) with zeros where min_p or top_k cut. Most distributions have small
-    nuclei: a few of the largest are sorted first, and the whole vocabulary only for rows that need it.
+    weights [n, V] are zero where min_p or top_k cut. Most distributions have small nuclei: a few of the largest weights
+    are sorted first, and the whole vocabulary only for rows that need it.
     """
-    vocab = logits.shape[-1]
-    rows = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    vocab = weights.shape[-1]
+    cut = weights.new_zeros((len(params), 1))
+    open_rows = [i for i, p in enumerate(params) if p.top_p < 1.0]
     for size in (*(guess for guess in NUCLEUS_GUESSES if guess < vocab), vocab):
-        if not rows:
-            return
-        index = _index(rows, logits.device)
-        candidates = weights[index]
-        goal = _column([params[i].top_p for i in rows], candidates).double() * candidates.sum(
-            -1, keepdim=True, dtype=torch.float64
-        )
-        if size < vocab:
-            ordered = candidates.topk(size, dim=-1).values
-        else:
-            ordered = candidates.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
-        num_kept = (before < goal).sum(-1)
-        least = ordered.gather(-1, (num_kept - 1).clamp_(min=0)[:, None])
-        # Every one of the guess was needed, so more may be. A zero weight is no candidate: then all are in.
-        is_open = (num_kept == size) & (ordered[:, -1] > 0) if size < vocab else torch.zeros_like(num_kept).bool()
-        closed = (~is_open).nonzero()[:, 0]
-        if len(closed):
-            weights[index[closed]] = candidates[closed].masked_fill_(candidates[closed] < least[closed], 0.0)
-        rows = [rows[i] for i in is_open.nonzero()[:, 0].tolist()]
+        if not open_rows:
+            break
+        rows = _index(open_rows, weights.device)
+        candidates = weights.index_select(0, rows)
+        goal = candidates.sum(-1, keepdim=True).double() * _column([params[i].top_p for i in open_rows], weights)
+        largest = candidates.topk(size).values if size < vocab else candidates.sort(descending=True).values
+        before = largest.cumsum(-1, dtype=torch.float64) - largest
+        num_kept = (before < goal).sum(-1, keepdim=True)
+        cut[rows] = largest.gather(-1, (num_kept - 1).clamp_(min=0))
+        # Where all of a guess were kept there may be more to keep, unless only zeros are left.
+        is_open = (num_kept == size) & (largest[:, -1:] > 0)
+        open_rows = [open_rows[i] for i, more in enumerate(is_open[:, 0].tolist()) if more]
+    return cut
 
 
 # ---- a sequence's own state
