@@ -47,6 +47,7 @@ class LoraPair:
     scaling: float
 
 
+@torch.no_grad()
 def load_host_adapter(
     key: tuple[str, str],
     checked: CheckedAdapter,
@@ -70,6 +71,7 @@ def load_host_adapter(
     return HostAdapter(key, checked.digest, checked.rank, modules, block.nbytes)
 
 
+@torch.no_grad()
 def pack_host_adapter(
     key: tuple[str, str], pairs: Mapping[str, LoraPair], *, dtype: torch.dtype, pin_memory: bool = False
 ) -> HostAdapter:
@@ -94,7 +96,7 @@ def _fill(part: Tensor, pair: LoraPair) -> HostModule:
     b = part[rank * in_features :].view(rank, pair.b.shape[0])
     a.copy_(pair.a)
     # x @ (s * B @ A).T = (x @ A.T) @ (s * B).T. The product is made in fp32 and rounded once.
-    b.copy_((pair.b.detach().float() * pair.scaling).T)
+    b.copy_((pair.b.float() * pair.scaling).T)
     return HostModule(a, b)
 
 
