@@ -125,8 +125,8 @@ class Settings(BaseSettings):
     s3_max_attempts: Annotated[int, Field(ge=1, le=20)] = Field(
         3, description="Attempts of one S3 call, the first included."
     )
-    s3_checksums: Annotated[Literal["when_required", "when_supported"], Choice] = Field(
-        "when_required", description="When boto3 adds and checks its own checksums; some stores know only the first."
+    s3_upload_checksums: Annotated[Literal["when_required", "when_supported"], Choice] = Field(
+        "when_required", description="When boto3 adds checksums of its own to uploads; some stores know only the first."
     )
 
     # Adapters

@@ -90,8 +90,9 @@ def _unknown(kind: str, names: Iterable[str], known: Iterable[str]) -> list[str]
     for name in names:
         if (name.upper() if kind == "variable" else name) in accepted:
             continue
-        near = difflib.get_close_matches(name.upper() if kind == "variable" else name.lower(), known, n=1, cutoff=0.6)
-        faults.append(f"unknown {kind}: {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        bare = {entry.removeprefix(PREFIX).lower(): entry for entry in known}
+        near = difflib.get_close_matches(name.upper().removeprefix(PREFIX).lower(), bare, n=1)
+        faults.append(f"unknown {kind}: {name}" + (f"; did you mean {bare[near[0]]}?" if near else ""))
     return faults
 
 
