@@ -1,0 +1,154 @@
+"""What chat and completions have in common: from a checked body to an admitted generation, and from it to an answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from adapters.errors import AdapterNameInvalid, AdapterNotFound
+from adapters.manifest import AdapterManifest
+from app.api.context import ApiContext
+from app.api.generation import Generation, Plan
+from app.api.middleware import RequestFacts
+from app.api.schemas import GenerationBody
+from app.api.services import CatalogPort
+from app.api.streaming import ChunkFormat, ClientLeft, DisconnectWatch, EventStream
+from app.errors import ContextLengthExceeded, RequestInvalid
+from app.model_names import AdapterName, BaseModelName, FineTunedName, model_not_found, parse_model_name
+from app.tenants import Caller
+
+INLINE_CHARS = 4096  # shorter prompts are tokenized where they are: a thread hop costs more
+
+
+class AnswerFormat(ChunkFormat, Protocol):
+    """A route's way to write an answer: in chunks, or whole."""
+
+    def whole(self) -> Mapping[str, object]:
+        """The answer of a generation that has ended."""
+
+
+async def resolve_model(context: ApiContext, caller: Caller, model: str) -> AdapterManifest | None:
+    """The adapter version that `model` means now, None for the base. Raises ModelNotFound or an AdapterError."""
+    services = context.services
+    name = parse_model_name(model, services.base.id)
+    if isinstance(name, BaseModelName):
+        return None
+    if name.tenant not in (None, caller.tenant):
+        raise model_not_found(model)
+    try:
+        if isinstance(name, FineTunedName):
+            return await context.blocking(find_fine_tuned, services.catalog, name)
+        return await resolve_adapter(context, caller.tenant, name)
+    except (AdapterNotFound, AdapterNameInvalid):
+        raise model_not_found(model) from None
+
+
+async def resolve_adapter(context: ApiContext, tenant: str, name: AdapterName) -> AdapterManifest:
+    """What is known is answered at once; only the rest costs a worker thread and perhaps a look at the store."""
+    catalog = context.services.catalog
+    manifest = catalog.peek(tenant, name.name, name.selector)
+    if manifest is not None:
+        return manifest
+    return await context.blocking(catalog.resolve, tenant, name.name, name.selector)
+
+
+def find_fine_tuned(catalog: CatalogPort, name: FineTunedName) -> AdapterManifest:
+    """The version that training published under this id; it says so in its manifest."""
+    for summary in catalog.list(name.tenant):
+        for manifest in catalog.versions(name.tenant, summary.name):
+            if manifest.extra.get("fine_tuned_model") == name.id:
+                return manifest
+    raise AdapterNotFound()
+
+
+def deadline_of(request: Request, body: GenerationBody, max_timeout_s: float) -> float:
+    """time.monotonic() by which the answer must be complete: the client's wish, never above the server's own."""
+    wishes = [max_timeout_s]
+    header = request.headers.get("x-request-timeout")
+    if header is not None:
+        try:
+            wish = float(header)
+        except ValueError:
+            wish = math.nan
+        if not (math.isfinite(wish) and wish > 0):
+            raise RequestInvalid("X-Request-Timeout is a number of seconds.", param="X-Request-Timeout")
+        wishes.append(wish)
+    if body.timeout is not None:
+        wishes.append(body.timeout)
+    return time.monotonic() + min(wishes)
+
+
+def max_new_tokens(asked: int | None, default: int, num_prompt: int, max_context: int, param: str) -> int:
+    """How many tokens may be generated. What the client named must fit; a default shrinks to the room there is."""
+    if num_prompt + 1 > max_context:
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt} tokens; the context is {max_context}. Shorten the prompt.",
+            param=param,
+        )
+    room = max_context - num_prompt
+    if asked is None:
+        return min(default, room)
+    if asked > room:
+        raise ContextLengthExceeded(
+            f"The context is {max_context} tokens; the prompt has {num_prompt} and {asked} more were asked for. "
+            "Shorten the prompt or ask for fewer tokens.",
+            param=param,
+        )
+    return asked
+
+
+async def tokenize(context: ApiContext, call: Callable[[], list[int]], num_chars: int) -> list[int]:
+    return call() if num_chars <= INLINE_CHARS else await context.rendering(call)
+
+
+async def answer(
+    request: Request,
+    context: ApiContext,
+    facts: RequestFacts,
+    body: GenerationBody,
+    plan: Plan,
+    prompts: Sequence[Sequence[int]],
+    make_format: Callable[[Generation, str], AnswerFormat],
+) -> Response:
+    """Submit, wait until the status is known, then answer whole or as a stream. The client's leaving cancels it all."""
+    services = context.services
+    if plan.adapter is not None:
+        facts.adapter, facts.digest = plan.adapter.label, plan.adapter.digest
+    model = services.base.id if plan.adapter is None else plan.adapter.label
+    generation = Generation(context.client, services.text, plan, prompts, body.num_choices)
+    answer_format = make_format(generation, model)
+    generation.submit()
+    watch = DisconnectWatch(request.receive, generation.cancel)
+    headers = context.headers_for(plan.adapter)
+    streams = False
+    try:
+        await generation.admitted()
+        if body.stream and not watch.has_left:
+            streams = True
+            return EventStream(
+                generation,
+                answer_format,
+                watch,
+                facts,
+                headers=headers,
+                include_usage=body.include_usage,
+                keep_alive_s=services.limits.keep_alive_s,
+            )
+        await generation.finished()
+        if watch.has_left:
+            raise ClientLeft
+        return JSONResponse(answer_format.whole(), headers=headers)
+    except ClientLeft:
+        facts.client_left()
+        return Response(status_code=204)  # to a closed connection
+    finally:
+        if not streams:
+            watch.stop()
+            if not generation.is_over:
+                generation.cancel()
+            facts.note_generation(generation)

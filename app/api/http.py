@@ -1,0 +1,123 @@
+"""The applications: which routes there are and what wraps them, read top to bottom.
+
+`create_app` is the API; `create_admin_app` is the admin port, for installations that keep /admin and /metrics apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from adapters.errors import AdapterError, StoreError
+from app import __version__
+from app.api import adapters as adapter_routes
+from app.api import admin, chat, completions, health, models
+from app.api.auth import require_admin
+from app.api.context import ApiContext
+from app.api.errors import ErrorAnswer, answer_for, answer_for_status, from_validation
+from app.api.middleware import BodyLimit, RequestLog, facts_of
+from app.api.services import Services
+from app.errors import LodgerError
+
+UPLOAD_PATHS = frozenset({"/v1/adapters", "/v1/adapters/validate"})
+LAG_EVERY_S = 0.5
+
+
+def create_app(services: Services) -> FastAPI:
+    """The API: /v1, the probes, and /admin and /metrics unless they have a port of their own."""
+    app = _bare_app(services, title="Lodger")
+    app.include_router(chat.router)
+    app.include_router(completions.router)
+    app.include_router(models.router)
+    app.include_router(adapter_routes.router)
+    app.include_router(health.probes)
+    if services.admin_here:
+        app.include_router(health.metrics_router)
+        app.include_router(admin.router, dependencies=[Depends(require_admin)])
+    return app
+
+
+def create_admin_app(services: Services) -> FastAPI:
+    """The admin port: /admin by key, /metrics without, and the probes."""
+    app = _bare_app(services, title="Lodger admin")
+    app.include_router(health.probes)
+    app.include_router(health.metrics_router)
+    app.include_router(admin.router, dependencies=[Depends(require_admin)])
+    return app
+
+
+def _bare_app(services: Services, *, title: str) -> FastAPI:
+    app = FastAPI(title=title, version=__version__, lifespan=_lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.context = ApiContext(services)
+    limits = services.limits
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=limits.max_body_bytes,
+        timeout_s=limits.body_timeout_s,
+        is_upload=_is_upload,
+        max_upload_bytes=limits.max_adapter_bytes + limits.max_config_bytes + (1 << 20),
+        upload_timeout_s=limits.upload_timeout_s,
+    )
+    app.add_middleware(RequestLog, metrics=services.metrics, headers={"x-lodger-base-digest": services.base.digest})
+    for error_class in (LodgerError, AdapterError, StoreError):
+        app.add_exception_handler(error_class, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    context: ApiContext = app.state.context
+    watch = asyncio.create_task(_measure_lag(context))
+    yield
+    watch.cancel()
+
+
+async def _measure_lag(context: ApiContext) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + LAG_EVERY_S
+        await asyncio.sleep(LAG_EVERY_S)
+        context.services.metrics.loop_lag(max(loop.time() - due, 0.0))
+
+
+def _is_upload(scope: Scope) -> bool:
+    """Only multipart bodies of the upload routes may be large."""
+    content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return scope["path"] in UPLOAD_PATHS and content_type.lower().startswith(b"multipart/form-data")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    context: ApiContext = request.app.state.context
+    return _respond(request, answer_for(error, retry_after_s=context.retry_after_s()), error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    finding = from_validation(error.errors())
+    return _respond(request, answer_for(finding), finding)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = answer_for_status(error.status_code)
+    response = _respond(request, answer, error)
+    if error.status_code == 405 and error.headers:
+        response.headers.update(error.headers)
+    return response
+
+
+def _respond(request: Request, answer: ErrorAnswer, error: Exception) -> Response:
+    facts_of(request.scope).note_error(answer, error)
+    content: Any = answer.envelope
+    return JSONResponse(content, answer.status, headers=dict(answer.headers))

@@ -1,0 +1,75 @@
+"""GET /v1/models, GET and DELETE /v1/models/{model}: the base and the caller's own adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from adapters.errors import AdapterNotFound
+from adapters.manifest import AdapterManifest
+from app.api.adapter_objects import delete_named, model_object
+from app.api.answering import resolve_model
+from app.api.auth import CallerDep
+from app.api.context import ApiContext, ContextDep, FactsDep
+from app.errors import RequestInvalid
+from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
+    """The base first, then the caller's adapters by bare name, then fine-tuned ids."""
+    summaries = await context.blocking(context.services.catalog.list, caller.tenant)
+    data = [base_object(context)]
+    fine_tuned: list[dict[str, Any]] = []
+    for summary in summaries:
+        data.append(model_object(summary.name, summary.live, summary.aliases, owner=caller.tenant))
+        live = summary.live
+        if live is not None and "fine_tuned_model" in live.extra:
+            fine_tuned.append(model_object(live.extra["fine_tuned_model"], live, summary.aliases, owner=caller.tenant))
+    return {"object": "list", "data": data + fine_tuned}
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(model: str, caller: CallerDep, context: ContextDep, facts: FactsDep) -> dict[str, Any]:
+    """One model by any of the names that a request's `model` may be."""
+    adapter = await resolve_model(context, caller, model)
+    if adapter is None:
+        return base_object(context)
+    facts.adapter, facts.digest = adapter.label, adapter.digest
+    aliases = await context.blocking(context.services.catalog.aliases, caller.tenant, adapter.name)
+    return model_object(model, adapter, aliases, owner=caller.tenant)
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(model: str, caller: CallerDep, context: ContextDep) -> dict[str, Any]:
+    """Delete an adapter by name, or one version by `name@v3`. Running requests finish."""
+    name = parse_model_name(model, context.services.base.id)
+    if isinstance(name, BaseModelName):
+        raise RequestInvalid("The base model cannot be deleted.", param="model")
+    if name.tenant not in (None, caller.tenant):
+        raise model_not_found(model)
+    try:
+        if isinstance(name, AdapterName):
+            await delete_named(context, caller.tenant, name.name, name.selector)
+        else:
+            adapter = await resolve_model(context, caller, model)
+            assert isinstance(adapter, AdapterManifest)
+            await delete_named(context, caller.tenant, adapter.name, f"v{adapter.version}")
+    except AdapterNotFound:
+        raise model_not_found(model) from None
+    return {"id": model, "object": "model", "deleted": True}
+
+
+def base_object(context: ApiContext) -> dict[str, Any]:
+    services = context.services
+    return {
+        "id": services.base.id,
+        "object": "model",
+        "created": services.started_at,
+        "owned_by": "lodger",
+        "max_model_len": services.limits.max_context,
+        "digest": services.base.digest,
+    }
