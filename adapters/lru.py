@@ -172,7 +172,7 @@ class ByteLRU(Generic[K, V]):
     def unpin(self, key: K) -> bool:
         return self._set_pin(key, False)
 
-    def keys(self) -> list[K]:
+    def oldest_first(self) -> list[K]:
         """What can be found now, least recently used first."""
         with self._lock:
             return [key for key, entry in self._entries.items() if entry.doomed is None]

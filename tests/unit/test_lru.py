@@ -90,7 +90,7 @@ class LRUModel(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.lru.check()
-        assert self.lru.keys() == list(self.model)
+        assert self.lru.oldest_first() == list(self.model)
         stats = self.lru.stats()
         assert stats.used_bytes == self.used() <= BUDGET
         assert sum(stats.evictions.values()) == len(self.gone)
@@ -104,7 +104,7 @@ def test_entry_larger_than_the_budget_is_refused_and_evicts_nothing() -> None:
     lru: ByteLRU[str, int] = ByteLRU(10)
     assert lru.put("a", 1, 10)
     assert not lru.put("b", 2, 11)
-    assert lru.keys() == ["a"]
+    assert lru.oldest_first() == ["a"]
 
 
 def test_leased_and_pinned_entries_outlive_any_pressure() -> None:
@@ -116,7 +116,7 @@ def test_leased_and_pinned_entries_outlive_any_pressure() -> None:
     for i in range(20):
         assert lru.put(f"other-{i}", i, 2)
     assert not lru.put("too much", 3, 3)
-    assert {"leased", "pinned"} <= set(lru.keys())
+    assert {"leased", "pinned"} <= set(lru.oldest_first())
 
 
 def test_erased_while_leased_is_hidden_at_once_and_freed_by_the_last_release() -> None:
@@ -148,7 +148,7 @@ def test_reserved_bytes_count_until_put_or_given_back() -> None:
     lru: ByteLRU[str, int] = ByteLRU(10)
     lru.put("old", 1, 6)
     assert lru.reserve(6)
-    assert lru.keys() == []
+    assert lru.oldest_first() == []
     assert not lru.reserve(5)
     assert lru.put("new", 2, 6, reserved_bytes=6)
     assert lru.stats().used_bytes == 6
@@ -165,7 +165,7 @@ def test_shrink_frees_the_least_recently_used_and_spares_leases() -> None:
     lru.release("a")
     lru.lease("b")
     assert lru.shrink(4) == 6
-    assert lru.keys() == ["a", "b"]
+    assert lru.oldest_first() == ["a", "b"]
 
 
 def test_counters_tell_hits_misses_and_reasons() -> None:
@@ -187,7 +187,7 @@ def test_counters_tell_hits_misses_and_reasons() -> None:
 
 
 def test_on_evict_may_call_back() -> None:
-    lru: ByteLRU[str, int] = ByteLRU(2, on_evict=lambda key, value, reason: seen.append(lru.keys()))
+    lru: ByteLRU[str, int] = ByteLRU(2, on_evict=lambda key, value, reason: seen.append(lru.oldest_first()))
     seen: list[list[str]] = []
     lru.put("a", 1, 2)
     lru.put("b", 1, 2)

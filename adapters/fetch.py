@@ -1,0 +1,199 @@
+"""One load from start to end: disk tier, else the store; hashed; handed to the parser. Runs in a loader thread.
+
+The files' bytes are trusted once they hash to what the manifest says; whether they are a fit adapter is the parser's
+question. Store and disk errors end here: whoever calls sees AdapterErrors and the reason for the metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from adapters.disk_tier import DiskFile, DiskTier, file_matches
+from adapters.errors import (
+    AdapterConfigTooLarge,
+    AdapterDigestMismatch,
+    AdapterError,
+    AdapterNotFound,
+    AdapterTooLarge,
+    AdapterUnavailable,
+    LocalDiskFailed,
+    ObjectNotFound,
+    ObjectTooLarge,
+    StoreError,
+)
+from adapters.lru import Eviction
+from adapters.manifest import AdapterManifest, FileFact, adapter_digest, blob_key
+from adapters.refusals import failure_reason
+
+if TYPE_CHECKING:
+    from adapters.store import BlobStore
+
+H = TypeVar("H")
+
+FETCH_ATTEMPTS = 2  # wrong bytes may be a bad transfer once; twice they are what is stored
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[H]):
+    """A parsed adapter, where its files came from, and the seconds of each stage that it went through."""
+
+    value: H
+    num_bytes: int  # of host memory
+    tier: str  # "disk" if both files were there, else "s3"
+    seconds: Mapping[str, float]  # "fetch", "verify", "parse"
+
+
+class LoadFailed(Exception):
+    """A load ended without an adapter."""
+
+    def __init__(self, error: AdapterError, reason: str | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.reason = reason or failure_reason(error)
+
+
+class _WrongBytes(Exception):
+    """The file does not hash to its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """What a manifest may ask for, whoever wrote it."""
+
+    max_config_bytes: int = 64 << 10
+    max_weights_bytes: int = 512 << 20
+
+
+class Fetcher(Generic[H]):
+    """Turns manifests into parsed adapters. Thread-safe; `max_parsing` at a time are parsed, to spare the cores."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        disk: DiskTier,
+        parse: Callable[[AdapterManifest, Path, Path], H],
+        size_of: Callable[[H], int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        limits: FetchLimits,
+        max_parsing: int,
+    ) -> None:
+        self.store = store
+        self.disk = disk
+        self.parse = parse
+        self.size_of = size_of
+        self.clock = clock
+        self.limits = limits
+        self.parsing = threading.BoundedSemaphore(max_parsing)
+
+    def load(self, manifest: AdapterManifest, deadline: float) -> Loaded[H]:
+        """Fetch, verify and parse. No object is asked of the store once `deadline` has passed.
+
+        Raises LoadFailed; an exception of any other kind comes from the parser.
+        """
+        try:
+            return _Load(self, manifest, deadline).run()
+        except AdapterError as exc:
+            raise LoadFailed(exc) from exc
+
+
+class _Load(Generic[H]):
+    """One load's state: its stage clock and whether the store was asked."""
+
+    def __init__(self, fetcher: Fetcher[H], manifest: AdapterManifest, deadline: float) -> None:
+        self._fetcher = fetcher
+        self._disk = fetcher.disk
+        self._manifest = manifest
+        self._deadline = deadline
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._tier = "disk"
+
+    def run(self) -> Loaded[H]:
+        manifest, limits = self._manifest, self._fetcher.limits
+        if manifest.config.num_bytes > limits.max_config_bytes:
+            raise AdapterConfigTooLarge()
+        if manifest.weights.num_bytes > limits.max_weights_bytes:
+            raise AdapterTooLarge()
+        with self._file(manifest.config) as config, self._file(manifest.weights) as weights:
+            if adapter_digest(config.path.read_bytes(), manifest.weights.sha256) != manifest.digest:
+                raise AdapterDigestMismatch()
+            with self._fetcher.parsing, self._stage("parse"):
+                value = self._fetcher.parse(manifest, config.path, weights.path)
+        return Loaded(value, self._fetcher.size_of(value), self._tier, dict(self._seconds))
+
+    def _file(self, fact: FileFact) -> DiskFile:
+        tenant = self._manifest.tenant
+        file = self._disk.open(tenant, fact.sha256)
+        if file is not None:
+            try:
+                self._verify(file.path, fact)
+                return file
+            except (_WrongBytes, OSError):
+                file.release()
+                self._disk.drop(tenant, fact.sha256, Eviction.CORRUPT)
+            except BaseException:
+                file.release()
+                raise
+        self._tier = "s3"
+        for _ in range(FETCH_ATTEMPTS):
+            with contextlib.suppress(_WrongBytes):
+                return self._fetch(fact)
+        raise AdapterDigestMismatch()
+
+    def _fetch(self, fact: FileFact) -> DiskFile:
+        try:
+            return self._fetch_to_disk(fact, keep=True)
+        except LocalDiskFailed:
+            # The disk is full before our budget is. Make room for the next one, and serve this one without keeping it.
+            self._disk.relieve(fact.num_bytes)
+        try:
+            return self._fetch_to_disk(fact, keep=False)
+        except LocalDiskFailed as exc:
+            raise LoadFailed(AdapterUnavailable(), "disk") from exc
+
+    def _fetch_to_disk(self, fact: FileFact, *, keep: bool) -> DiskFile:
+        if self._fetcher.clock() >= self._deadline:
+            raise LoadFailed(AdapterUnavailable(), "timeout")
+        tenant = self._manifest.tenant
+        with self._disk.begin(tenant, fact, keep=keep) as arrival:
+            with self._stage("fetch"), _translated():
+                self._fetcher.store.download(blob_key(tenant, fact.sha256), arrival.path, max_bytes=fact.num_bytes)
+            self._verify(arrival.path, fact)
+            return arrival.commit()
+
+    def _verify(self, path: Path, fact: FileFact) -> None:
+        with self._stage("verify"):
+            if not file_matches(path, fact):
+                raise _WrongBytes
+
+    @contextlib.contextmanager
+    def _stage(self, stage: str) -> Iterator[None]:
+        start = self._fetcher.clock()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += self._fetcher.clock() - start
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the store's errors into what they mean for this adapter. Their text stays here: it may name buckets."""
+    try:
+        yield
+    except LocalDiskFailed:
+        raise
+    except OSError as exc:
+        raise LocalDiskFailed() from exc
+    except ObjectTooLarge as exc:  # larger than the manifest says
+        raise _WrongBytes from exc
+    except ObjectNotFound as exc:
+        raise AdapterNotFound("The adapter's files are no longer in the store. Publish it again.") from exc
+    except StoreError as exc:
+        raise LoadFailed(AdapterUnavailable()) from exc
