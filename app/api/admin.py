@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from app.api.context import ContextDep
 from app.api.schemas import KeyBody, TenantBody
-from app.errors import RequestInvalid
+from app.errors import RequestInvalid, TenantErased
 from app.tenants import KeyInfo, Tenant
 
 router = APIRouter(prefix="/admin")
@@ -45,6 +45,8 @@ async def erase_tenant(tenant: str, context: ContextDep) -> dict[str, Any]:
     """Erase a tenant: its rows and keys first, so that nothing new comes, then its adapters. May be repeated."""
     services = context.services
     await context.blocking(services.tenants.erase, tenant)
+    for _ in range(context.end_all(tenant, TenantErased())):
+        services.metrics.cancelled("erase")
     for held in services.snapshot().resident:
         if held.tenant == tenant:
             services.engine.unpin((held.tenant, held.digest))

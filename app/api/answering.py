@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
 from fastapi import Request
@@ -17,10 +18,10 @@ from app.api.generation import Generation, Plan
 from app.api.middleware import RequestFacts
 from app.api.schemas import GenerationBody
 from app.api.services import CatalogPort
-from app.api.streaming import ChunkFormat, ClientLeft, DisconnectWatch, EventStream
+from app.api.streaming import ChunkFormat, DisconnectWatch, EventStream
 from app.errors import ContextLengthExceeded, RequestInvalid
 from app.model_names import AdapterName, BaseModelName, FineTunedName, model_not_found, parse_model_name
-from app.tenants import Caller
+from app.tenants import Caller, TenantLimits
 
 INLINE_CHARS = 4096  # shorter prompts are tokenized where they are: a thread hop costs more
 
@@ -120,16 +121,34 @@ async def answer(
     if plan.adapter is not None:
         facts.adapter, facts.digest = plan.adapter.label, plan.adapter.digest
     model = services.base.id if plan.adapter is None else plan.adapter.label
-    generation = Generation(context.client, services.text, plan, prompts, body.num_choices)
+    limits = await context.blocking(services.tenants.limits, plan.tenant)
+    headers = context.headers_for(plan.adapter) | spend_prompt(context, plan.tenant, limits, prompts)
+    turn = context.turns.ask(
+        plan.tenant,
+        len(prompts) * body.num_choices,
+        max_running=limits.max_running,
+        max_waiting=limits.max_waiting,
+    )
+    generation = Generation(context.client, services.text, plan, prompts, body.num_choices, turn)
+
+    def leave() -> None:
+        turn.abandon()
+        generation.cancel()
+
+    watch = DisconnectWatch(request.receive, leave)
+    running = ExitStack()  # undone at the end of the answer, which for a stream is after this function's
+    running.callback(facts.note_generation, generation)
+    running.callback(generation.close)
+    running.callback(watch.stop)
+    running.enter_context(context.tracking(plan.tenant, generation))
+    running.callback(spend_answer, context, plan.tenant, limits, generation)
     answer_format = make_format(generation, model)
-    generation.submit()
-    watch = DisconnectWatch(request.receive, generation.cancel)
-    headers = context.headers_for(plan.adapter)
-    streams = False
-    try:
-        await generation.admitted()
+    with running:
+        await turn.wait(plan.deadline)
+        if not watch.has_left:
+            generation.submit()
+            await generation.admitted()
         if body.stream and not watch.has_left:
-            streams = True
             return EventStream(
                 generation,
                 answer_format,
@@ -138,17 +157,45 @@ async def answer(
                 headers=headers,
                 include_usage=body.include_usage,
                 keep_alive_s=services.limits.keep_alive_s,
+                on_end=running.pop_all().close,
             )
-        await generation.finished()
+        if not watch.has_left:
+            await generation.finished()
         if watch.has_left:
-            raise ClientLeft
+            facts.client_left()
+            return Response(status_code=204)  # to a closed connection
         return JSONResponse(answer_format.whole(), headers=headers)
-    except ClientLeft:
-        facts.client_left()
-        return Response(status_code=204)  # to a closed connection
-    finally:
-        if not streams:
-            watch.stop()
-            if not generation.is_over:
-                generation.cancel()
-            facts.note_generation(generation)
+
+
+def spend_prompt(
+    context: ApiContext, tenant: str, limits: TenantLimits, prompts: Sequence[Sequence[int]]
+) -> dict[str, str]:
+    """Take the request from the tenant's minute and tell what is left. Raises RateLimited."""
+    allowances = context.services.rates.check(
+        tenant,
+        sum(map(len, prompts)),
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+    )
+    headers: dict[str, str] = {}
+    for kind, allowance in allowances.items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(allowance.limit)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(allowance.remaining)
+        headers[f"x-ratelimit-reset-{kind}"] = duration(allowance.reset_s)
+    return headers
+
+
+def spend_answer(context: ApiContext, tenant: str, limits: TenantLimits, generation: Generation) -> None:
+    tokens = generation.usage().completion_tokens
+    context.services.rates.spend(tenant, tokens, tokens_per_minute=limits.tokens_per_minute)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as OpenAI's headers write them: `1h2m3s`, `6m0s`, `1.5s`, `20ms`."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    if seconds < 60:
+        return f"{seconds:.3g}s"
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"

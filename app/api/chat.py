@@ -117,7 +117,7 @@ class ChatFormat:
 
     def _entry(self, token: int, logprob: float) -> dict[str, object]:
         data = self._text.token_bytes(token)
-        return {"token": data.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(data)}
+        return {"token": self._text.token_text(token), "logprob": finite(logprob), "bytes": list(data)}
 
 
 def finite(logprob: float) -> float:

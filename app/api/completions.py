@@ -17,7 +17,7 @@ from app.api.generation import Choice, Generation, Plan, ShownToken
 from app.api.schemas import CompletionBody
 from app.api.services import TextPort
 from app.api.streaming import JsonPieces
-from app.errors import RequestInvalid
+from app.errors import ContextLengthExceeded, RequestInvalid
 
 router = APIRouter()
 
@@ -65,7 +65,10 @@ async def create_completion(
 async def encode(context: ApiContext, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, list):
         return prompt
-    ids = await tokenize(context, partial(context.services.text.encode, prompt), len(prompt))
+    try:
+        ids = await tokenize(context, partial(context.services.text.encode, prompt), len(prompt))
+    except ContextLengthExceeded as exc:
+        raise ContextLengthExceeded(exc.message, param="prompt") from None
     if not ids:
         raise RequestInvalid("A prompt needs at least one token.", param="prompt")
     return ids
@@ -134,18 +137,11 @@ class CompletionFormat:
             top: dict[str, float] = {}
             for token, logprob in ((shown.token, shown.logprob.logprob), *shown.logprob.top):
                 # Two tokens may share a spelling (each half of a character): the likelier one keeps the place.
-                top.setdefault(self._spelling(token), finite(logprob))
+                top.setdefault(self._text.token_text(token), finite(logprob))
             tops.append(top)
         return {
-            "tokens": [self._spelling(shown.token) for shown in tokens],
+            "tokens": [self._text.token_text(shown.token) for shown in tokens],
             "token_logprobs": [None if shown.logprob is None else finite(shown.logprob.logprob) for shown in tokens],
             "top_logprobs": tops,
             "text_offset": [shown.offset for shown in tokens],
         }
-
-    def _spelling(self, token: int) -> str:
-        data = self._text.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -5,7 +5,8 @@ Also the named dependencies that routes are written with: `ContextDep`, `FactsDe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -15,8 +16,10 @@ from fastapi import Depends, Request
 
 from adapters.manifest import AdapterManifest
 from app.api.engine_client import EngineClient
+from app.api.generation import Generation
 from app.api.middleware import RequestFacts, facts_of
 from app.api.services import Services
+from app.api.turns import Turns
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +34,8 @@ class ApiContext:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.client = EngineClient(services.engine, services.metrics)
+        self.turns = Turns()
+        self.open: dict[str, set[Generation]] = {}  # by tenant
         self._blocking = anyio.CapacityLimiter(MAX_BLOCKING_CALLS)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)
 
@@ -44,6 +49,24 @@ class ApiContext:
 
     def retry_after_s(self) -> float:
         return self.client.retry_after_s(self.services.snapshot().num_waiting)
+
+    @contextmanager
+    def tracking(self, tenant: str, generation: Generation) -> Iterator[None]:
+        """Know which answers are being made for a tenant while the block lasts."""
+        self.open.setdefault(tenant, set()).add(generation)
+        try:
+            yield
+        finally:
+            self.open[tenant].discard(generation)
+            if not self.open[tenant]:
+                del self.open[tenant]
+
+    def end_all(self, tenant: str, error: Exception) -> int:
+        """End every answer of a tenant with `error`; returns how many there were."""
+        generations = list(self.open.get(tenant, ()))
+        for generation in generations:
+            generation.fail(error)
+        return len(generations)
 
     def headers_for(self, adapter: AdapterManifest | None) -> dict[str, str]:
         """Whose bytes answer."""

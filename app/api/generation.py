@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from adapters.manifest import AdapterManifest
 from app.api.engine_client import EngineClient
 from app.api.services import TextPort
+from app.api.turns import Turn
 from app.engine.sequence import (
     Admitted,
     Event,
@@ -27,6 +28,7 @@ from app.engine.sequence import (
     TokenLogprob,
 )
 from app.errors import DeadlineExceeded, InternalError, ServerDraining
+from app.text import StopStrings
 
 FINISH_LABELS = {
     FinishReason.STOP: "stop",
@@ -35,37 +37,6 @@ FINISH_LABELS = {
     FinishReason.DEADLINE: "deadline",
     FinishReason.ERROR: "error",
 }
-
-
-class StopStrings:
-    """Finds the first stop string in a growing text and holds back what might be the start of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take more text; returns what may be shown now and whether a stop string ended it."""
-        text = self._held + text
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        shown, self._held = (text[:-keep], text[-keep:]) if keep else (text, "")
-        return shown, False
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of `stop` that `text` ends with."""
-    for size in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +98,13 @@ class Choice:
                 self._take_token(event)
         elif type(event) is Admitted:
             self.num_cached = event.cached_tokens
-            self._generation.is_admitted = True
+            self._generation.note_admitted()
         else:
             assert type(event) is Finished
             self.timings = event.timings
             if not self.is_over:
                 self._finish(event)
+            self._generation.note_finished()
         self._generation.wake()
 
     def fail(self, error: Exception) -> None:
@@ -233,7 +205,13 @@ class Generation:
     """All sequences of one HTTP request: `n` choices of each prompt, in that order."""
 
     def __init__(
-        self, client: EngineClient, text: TextPort, plan: Plan, prompts: Sequence[Sequence[int]], n: int
+        self,
+        client: EngineClient,
+        text: TextPort,
+        plan: Plan,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        turn: Turn,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
@@ -241,6 +219,8 @@ class Generation:
         self.is_cancelled = False
         self._client = client
         self._n = n
+        self._turn = turn
+        self._num_unfinished = 0  # sequences in the engine
         self._is_dirty = False
         self._waiter: asyncio.Future[None] | None = None
         arrival = time.monotonic()
@@ -267,9 +247,19 @@ class Generation:
         try:
             for choice in self.choices:
                 self._client.submit(choice.request, choice)
+                self._num_unfinished += 1
         except BaseException:
             self.cancel()
+            if self._num_unfinished == 0:
+                self._turn.release()
             raise
+
+    def close(self) -> None:
+        """The answer is over, however it ended: nothing may go on running for it."""
+        if not self.is_over:
+            self.cancel()
+        if self._num_unfinished == 0:
+            self._turn.release()
 
     def cancel(self) -> None:
         """End what still runs; idempotent."""
@@ -278,6 +268,22 @@ class Generation:
             choice.is_over = True
             self._client.cancel(choice.request.id)
         self.wake()
+
+    def fail(self, error: Exception) -> None:
+        """End all choices with `error`, for a cause outside the engine."""
+        for choice in self.choices:
+            choice.fail(error)
+            self._client.cancel(choice.request.id)
+
+    def note_admitted(self) -> None:
+        self.is_admitted = True
+        self._turn.admitted()
+
+    def note_finished(self) -> None:
+        """A sequence has left the engine; with the last one the tenant's turn ends."""
+        self._num_unfinished -= 1
+        if self._num_unfinished == 0:
+            self._turn.release()
 
     def cancel_choice(self, choice: Choice) -> None:
         self._client.cancel(choice.request.id)

@@ -69,6 +69,9 @@ class TextPort(Protocol):
     def token_bytes(self, token: int) -> bytes:
         """One token's own bytes, which need not be valid UTF-8."""
 
+    def token_text(self, token: int) -> str:
+        """One token as the OpenAI API spells it: its text, or `bytes:\\x…` for a part of a character."""
+
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """A fresh text stream for what follows `prompt`."""
 

@@ -28,10 +28,6 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-class ClientLeft(Exception):
-    """The client closed its connection; nobody is there to answer."""
-
-
 class ChunkFormat(Protocol):
     """How one route writes its chunks."""
 
@@ -96,7 +92,9 @@ class EventStream(Response):
         headers: Mapping[str, str],
         include_usage: bool,
         keep_alive_s: float,
+        on_end: Callable[[], None],
     ) -> None:
+        self._on_end = on_end
         self._generation = generation
         self._chunks = chunks
         self._watch = watch
@@ -119,10 +117,7 @@ class EventStream(Response):
             await self._run(send)
         finally:
             self._timer.cancel()
-            self._watch.stop()
-            if not self._generation.is_over:
-                self._generation.cancel()
-            self._facts.note_generation(self._generation)
+            self._on_end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _run(self, send: Send) -> None:
