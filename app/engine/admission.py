@@ -2,7 +2,8 @@
 
 The oldest request of the tenant that was served least is tried first (`fairness`). When it cannot start because
 
-- KV blocks or a place among the prefills are missing: admission stops, nobody overtakes it;
+- KV blocks are missing: admission stops, nobody overtakes it;
+- it is long, and long prompts fill the step: its tenant waits with it, others go on;
 - its adapter is being fetched, or a running sequence computes the same prefix just now: it is passed over, uncharged,
   and blocks nobody;
 - all rank rows are leased: others pass it until it has waited `max_adapter_wait_s`. From then on only sequences of the
@@ -83,6 +84,7 @@ class _Verdict(enum.Enum):
     STARTED = "runs"
     PASSED = "passed over"
     NO_ROOM = "waits for rows"
+    HELD = "its tenant waits with it"
     STOP = "nobody may overtake it"
 
 
@@ -142,7 +144,7 @@ class Admission:
             verdict = self._try(seq, walk)
             if verdict is _Verdict.STOP:
                 return False
-            if verdict is _Verdict.NO_ROOM:
+            if verdict is _Verdict.NO_ROOM or verdict is _Verdict.HELD:
                 # Any other adapter that is leased now, even one in the pool, would hold rows that this one waits for.
                 walk.base_only = True
                 break
@@ -170,7 +172,7 @@ class Admission:
             if walk.base_only and seq.request.adapter is not None:
                 continue
             verdict = self._try(seq, walk)
-            if verdict is _Verdict.STARTED or verdict is _Verdict.STOP:
+            if verdict not in (_Verdict.PASSED, _Verdict.NO_ROOM):
                 return verdict
         return _Verdict.PASSED
 
@@ -182,11 +184,15 @@ class Admission:
         verdict = self._lease(seq, walk)
         if verdict is not None:
             return verdict
-        if not self._take_blocks(seq, found, walk):
-            self.vacate(seq)
-            return _Verdict.STOP
-        self._start(seq, walk)
-        return _Verdict.STARTED
+        if self._is_held(seq, found, walk):
+            verdict = _Verdict.HELD
+        elif not self._take_blocks(seq, found):
+            verdict = _Verdict.STOP
+        else:
+            self._start(seq, walk)
+            return _Verdict.STARTED
+        self.vacate(seq)
+        return verdict
 
     def _lease(self, seq: Sequence, walk: AdmissionPass) -> _Verdict | None:
         """Lease its adapter's rows; None when it has what it needs."""
@@ -213,12 +219,14 @@ class Admission:
         seq.tier = seq.tier or acquired.tier
         return None
 
-    def _take_blocks(self, seq: Sequence, found: list[int], walk: AdmissionPass) -> bool:
-        """Take KV blocks for all its tokens; False when these, or a place among the long prefills, are missing."""
+    def _is_held(self, seq: Sequence, found: list[int], walk: AdmissionPass) -> bool:
+        """True when it is long, and the long prefills under way take all that a step can compute."""
+        is_long = len(seq.tokens) - len(found) * self._kv.block_size > self._long_tokens
+        return is_long and walk.num_long >= MAX_LONG_PREFILLS and walk.wanted >= self._limits.max_batch_tokens
+
+    def _take_blocks(self, seq: Sequence, found: list[int]) -> bool:
+        """Take KV blocks for all its tokens, or none."""
         num_tokens = len(seq.tokens)
-        is_long = num_tokens - len(found) * self._kv.block_size > self._long_tokens
-        if is_long and walk.num_long >= MAX_LONG_PREFILLS and walk.wanted >= self._limits.max_batch_tokens:
-            return False
         # One block of head-room, or the first decode step would preempt; none if it will never need another.
         longest = seq.num_prompt + seq.request.sampling.max_tokens - 1
         spare = min(1, self._kv.blocks_for(longest) - self._kv.blocks_for(num_tokens))

@@ -125,9 +125,9 @@ class KVCache:
         seq.num_computed = seq.num_committed = 0
 
     def invalidate(self, key: AdapterKey) -> int:
-        """Forget what was computed with an adapter, or for a tenant with the base: `(tenant, "")`. Returns how many blocks.
+        """Forget what was computed with an adapter, or for a tenant with the base: `(tenant, "")`. Returns a block count.
 
-        Sequences that run keep theirs; what they compute after it is found no more, as its chain is broken.
+        Sequences that run keep their blocks; what they add to a forgotten chain cannot be found either.
         """
         blocks = self._owned.pop(key, set())
         for block in blocks:

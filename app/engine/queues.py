@@ -107,7 +107,7 @@ class TenantQueues:
         queued = list(self)
         assert all(self._queues.values()), "an empty queue is kept"
         assert len(queued) == self.num_waiting, "num_waiting is wrong"
-        assert not any(seq.blocks or seq.has_lease for seq in queued), "a waiting sequence holds something"
+        assert not any(s.blocks or s.has_lease or s.num_computed for s in queued), "a waiting sequence holds something"
         assert all(seq.phase in (Phase.WAITING, Phase.FETCHING) for seq in queued), "who does not wait is queued"
         assert all(wait.sequence in queued for wait in self._row_waits.values()), "who left still ages"
 

@@ -129,7 +129,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Batch:
         """Choose the next step. `now`: time.monotonic()."""
-        # Whoever was just preempted would come straight back and take the room that was made.
+        # Blocks that a preemption made free are for those who run: newcomers would only cause the next one.
         if not self._secure_blocks():
             walk = self._admission.run(now, self._share_of)
             self._admitted += walk.admitted
