@@ -30,6 +30,7 @@ class FindingCode(enum.StrEnum):
     MISSING_CONTENT = "missing_content"
     EXAMPLE_MISSING_ASSISTANT_MESSAGE = "example_missing_assistant_message"
     ROLE_ORDER = "role_order"
+    TEMPLATE_REFUSED = "template_refused"  # the model's chat template cannot show these messages
     INVALID_WEIGHT = "invalid_weight"
     TOOL_REFERENCE = "tool_reference"
     TOOLS_UNSUPPORTED = "tools_unsupported"

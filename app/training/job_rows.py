@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
@@ -19,11 +20,21 @@ from app.training.config import TrainingConfig
 from app.training.job import TRANSITIONS, Checkpoint, Job, JobError, JobEvent, JobStatus, new_id
 from app.training.spec import JobSpec
 
+T = TypeVar("T")
+
 WEBHOOK_EVENTS: Mapping[JobStatus, str] = {
     JobStatus.SUCCEEDED: "fine_tuning.job.succeeded",
     JobStatus.FAILED: "fine_tuning.job.failed",
     JobStatus.CANCELLED: "fine_tuning.job.cancelled",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a list, in the asked order."""
+
+    items: tuple[T, ...]
+    has_more: bool
 
 
 def job_of(row: Row[Any]) -> Job:

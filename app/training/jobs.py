@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -31,22 +31,13 @@ from app.training.job import (
     new_id,
     new_unique_id,
 )
+from app.training.job_rows import Page
 from app.training.spec import JobSpec
 from app.training.work_queue import queue_positions
 
 IDEMPOTENCY_S = 24 * 3600.0
 MERGE_RETRIES_S = 60.0
 MAX_RACES = 20  # times that somebody else may change a job between our reading and writing it
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """A part of a list, in the asked order."""
-
-    items: tuple[T, ...]
-    has_more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +338,7 @@ def result_csv(metrics: Sequence[tuple[int, Mapping[str, Any]]]) -> bytes:
     writer.writerow(RESULT_COLUMNS)
     for step, values in metrics:
         cells = (values.get(key) for key in _RESULT_KEYS)
-        writer.writerow([step, *("" if cell is None else f"{cell:.6g}" for cell in cells)])
+        writer.writerow([step, *("" if cell is None else float(f"{cell:.6g}") for cell in cells)])
     return text.getvalue().encode()
 
 

@@ -13,7 +13,7 @@ from app.database import reading, writing
 from app.errors import ModelNotFound, RequestInvalid
 from app.training import job_rows, tables
 from app.training.job import new_id
-from app.training.jobs import Page
+from app.training.job_rows import Page
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from app.errors import RequestInvalid
 from app.training.dataset import DatasetLimits, read_rows
 from app.training.dataset_rows import (
     ChatExample,
@@ -46,10 +47,10 @@ class TrainingRenderer(Protocol):
         """The token that ends a plain completion."""
 
     def render_training(self, messages: Sequence[Message], train_on: str) -> tuple[Sequence[int], Sequence[bool]]:
-        """Token ids and which of them are labels; assistant messages of weight 0 are none."""
+        """Token ids and which of them are labels; assistant messages of weight 0 are none. Raises RequestInvalid."""
 
     def encode_prompt(self, text: str) -> Sequence[int]:
-        """A plain prompt exactly as serving encodes it, with a leading BOS if the model has one."""
+        """A plain prompt as serving encodes it: a BOS if the model has one, then `encode_text` of it."""
 
     def encode_text(self, text: str) -> Sequence[int]:
         """Plain text that continues a prompt: no BOS, and special tokens in it stay text."""
@@ -145,6 +146,16 @@ def prepare(
     leaked = _note_overlap(table, valid_table, findings)
     report = DataReport(training, validation, 0, leaked, findings, valid_findings)
     return TrainingSet(options.method, _all(table), _all(valid_table), report)
+
+
+def read_examples(
+    path: Path, options: PrepareOptions, renderer: TrainingRenderer, *, scratch: Path, limits: DatasetLimits
+) -> Examples:
+    """The examples of a file that only measures, such as the gate's regression file. Raises DataRefused."""
+    reader = _FileReader(options, renderer, limits, lambda rows: None)
+    table, findings, report = reader.read(path, scratch / "regression")
+    _refuse_faults("regression", findings, report, limits)
+    return _all(table)
 
 
 def _all(table: TokenTable) -> Examples:
@@ -274,6 +285,12 @@ class ExampleFitter:
 
     def fit(self, example: Example) -> Fitted | Finding | None:
         """The fitted example, what is wrong with it, or None when it is too long and `on_long` is "drop"."""
+        try:
+            return self._fit(example)
+        except RequestInvalid as exc:  # the template has rules of its own
+            return Finding(example.line, FindingCode.TEMPLATE_REFUSED, exc.message, field=exc.param)
+
+    def _fit(self, example: Example) -> Fitted | Finding | None:
         fitted = self._render(example)
         longest = max(len(ids) for ids, _ in fitted.sequences)
         if longest > self._options.max_seq_length:
@@ -308,11 +325,8 @@ class ExampleFitter:
         return Fitted(tuple((ids, _unlabel_first(labels)) for ids, labels in sequences), truncated=skip > 0)
 
     def _plain(self, example: CompletionExample, skip: int) -> Tokens:
-        prompt = list(self._renderer.encode_prompt(example.prompt))
-        if skip:  # a leading BOS stays
-            num_text = len(self._renderer.encode_text(example.prompt))
-            bos = prompt[: max(0, len(prompt) - num_text)]
-            prompt = bos + prompt[len(bos) + skip :]
+        start = list(self._renderer.encode_prompt(""))  # a BOS, if the model has one, also when the prompt is cut
+        prompt = start + list(self._renderer.encode_text(example.prompt))[skip:]
         completion = [*self._renderer.encode_text(example.completion), self._renderer.end_id]
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
