@@ -251,6 +251,7 @@ def _hostile_headers() -> Iterator[HostileAdapter]:
     yield case(38, "trailing bytes", invalid, PLAIN_WEIGHTS + b"\0")
     yield case(38, "behind an empty header", invalid, with_header({}, b"\0"))
     yield case(38, "offsets reversed", invalid, entry(data_offsets=[2048, 0]))
+    yield case(38, "offsets below zero", invalid, entry(data_offsets=[-2048, 0]))
     yield case(38, "offsets of three", invalid, entry(data_offsets=[0, 1, 2048]))
     yield case(38, "offsets of floats", invalid, entry(data_offsets=[0.0, 2048.0]))
     yield case(38, "an entry with more", invalid, entry(strides=[1]))

@@ -138,11 +138,12 @@ def test_scaling_is_folded_in_fp32_before_the_cast(dtype: torch.dtype, tmp_path:
 
 @pytest.mark.parametrize("stored", DTYPES)
 def test_every_stored_dtype_is_read_exactly(stored: torch.dtype, tmp_path: Path) -> None:
-    model = peft_adapter(tmp_path).to(stored)
+    model = peft_adapter(tmp_path, lora_alpha=3).to(stored)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     host = load(tmp_path)
     layer = model.get_submodule(f"base_model.model.{Q1}")
     assert host.modules[Q1].a.equal(layer.lora_A["default"].weight.float())
+    assert host.modules[Q1].b.equal((layer.lora_B["default"].weight.float() * (3 / 8)).T)
 
 
 def test_host_adapter_is_one_block(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -108,6 +109,14 @@ if accepted or loaded or grown > 64 << 10:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_module_of_the_package_unpickles_or_leaves_files_to_a_library() -> None:
+    for source in (Path(__file__).parents[2] / "adapters").glob("*.py"):
+        found = re.findall(
+            r"^\s*(?:import|from) (?:pickle|peft|safetensors)\b|torch\.load\(", source.read_text(), re.MULTILINE
+        )
+        assert not found, source.name
+
+
 def test_plain_adapter_is_accepted_with_its_facts(tmp_path: Path) -> None:
     checked = check_directory(write(tmp_path), BASE, LIMITS)
     assert [module.path for module in checked.modules] == [p for p in BASE.linears if p.endswith(("q_proj", "v_proj"))]
@@ -155,6 +164,11 @@ def test_untrained_adapter_is_accepted_with_a_warning(tmp_path: Path) -> None:
     zeroed = {name: raw(np.zeros(t.shape)) if "lora_B" in name else t for name, t in tensors.items()}
     checked = check_directory(write(tmp_path, weights=safetensors_bytes(zeroed)), BASE, LIMITS)
     assert checked.warnings == ("adapter_is_identity",)
+
+
+def test_one_trained_module_is_no_identity(tmp_path: Path) -> None:
+    tensors = {n: t if Q0 in n or "lora_A" in n else raw(np.zeros(t.shape)) for n, t in plain_tensors().items()}
+    assert check_directory(write(tmp_path, weights=safetensors_bytes(tensors)), BASE, LIMITS).warnings == ()
 
 
 def test_tiny_values_are_no_identity(tmp_path: Path) -> None:
