@@ -312,8 +312,7 @@ class AdapterLoader(Generic[H]):
         key = flight.manifest.ref.key
         if self._flights.get(key) is flight:
             del self._flights[key]
-        self._queue.finish(flight)
-        self._wake.notify_all()
+        self._queue.finish(flight)  # this worker takes the next itself: nobody needs to be woken
         if flight.is_forgotten:
             return Answer.refusal(AdapterNotFound())
         if key in self._quarantined:

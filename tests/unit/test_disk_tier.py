@@ -123,6 +123,7 @@ def test_two_arrivals_of_one_file_end_as_one(tmp_path: Path) -> None:
         file.release()
     tier.check()
     assert (tier.stats().used_bytes, tier.stats().leased) == (6, 0)
+    assert has(tier, fact)
 
 
 def test_a_reader_reads_on_when_its_file_is_erased(tmp_path: Path) -> None:

@@ -272,6 +272,8 @@ def test_one_tenants_slow_objects_do_not_delay_anothers(bench: Bench) -> None:
     gates = [bench.gate(manifest) for manifest in slow]
     for manifest in slow:
         loader.want(manifest, slow_answers)
+    for _ in range(2 * 3):  # three workers hang at their second file; the fourth is kept from this tenant
+        assert bench.store.started.acquire(timeout=WAIT_S)
     assert ask(loader, other) == (b"quick", None, "s3")
     assert slow_answers.got == []
     for gate in gates:
@@ -328,6 +330,20 @@ def test_a_broken_adapter_fails_alone_and_is_not_tried_again(bench: Bench) -> No
     assert bench.parsed.count(broken) == 1
     failures = loader.snapshot().failures
     assert {reason: n for reason, n in failures.items() if n} == {"rank": 1, "internal": 1}
+
+
+def test_waiters_do_not_share_an_error_object(bench: Bench) -> None:
+    loader, manifest, answers = bench.loader(), bench.publish(b"refused"), Answers()
+    gate = bench.gate(manifest)
+    for _ in range(2):
+        loader.want(manifest, answers)
+    gate.set()
+    answers.wait(2)
+    for _ in range(2):
+        loader.want(manifest, answers)
+    errors = [error for _, _, error, _ in answers.wait(4)]
+    assert len({id(error) for error in errors}) == 4
+    assert all(error is not None and error.__traceback__ is None for error in errors)
 
 
 def test_not_found_is_remembered_for_ten_seconds(bench: Bench) -> None:
