@@ -99,6 +99,7 @@ class AdapterManifest:
     parent: str | None = None  # digest of the adapter it was continued from
     job_id: str | None = None
     import_etags: tuple[str, str] | None = None  # (config, weights) of an imported plain directory
+    publish_id: str = ""  # of the one call that wrote it: how a writer whose answer was lost knows its own manifest
     extra: Mapping[str, Any] = field(default_factory=dict)  # training parameters and metrics
 
     @property
