@@ -179,7 +179,6 @@ class Admission:
     def _try(self, seq: Sequence, walk: AdmissionPass) -> _Verdict:
         found = self._kv.lookup(seq)
         if self._kv.is_being_computed(seq, len(found)):
-            self._queues.forget_row_wait(seq)
             return _Verdict.PASSED
         verdict = self._lease(seq, walk)
         if verdict is not None:
@@ -206,7 +205,6 @@ class Admission:
             return _Verdict.NO_ROOM
         if acquired.state is Lease.FETCHING:
             seq.phase = Phase.FETCHING
-            self._queues.forget_row_wait(seq)
             return _Verdict.PASSED
         if acquired.state is Lease.FAILED:
             assert acquired.error is not None, "a failure says why"

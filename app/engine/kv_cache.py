@@ -125,9 +125,10 @@ class KVCache:
         seq.num_computed = seq.num_committed = 0
 
     def invalidate(self, key: AdapterKey) -> int:
-        """Forget what was computed with an adapter, or for a tenant with the base: `(tenant, "")`. Returns a block count.
+        """Forget what was computed with an adapter, or for a tenant with the base: `(tenant, "")`.
 
-        Sequences that run keep their blocks; what they add to a forgotten chain cannot be found either.
+        Returns how many blocks that were. Sequences that run keep theirs; what they add to a forgotten chain cannot be
+        found either.
         """
         blocks = self._owned.pop(key, set())
         for block in blocks:

@@ -64,7 +64,9 @@ class TenantQueues:
             del self._queues[tenant]
         self.num_waiting -= 1
         self.fairness.leave(tenant)
-        self.forget_row_wait(seq)
+        wait = self._row_waits.get(tenant)
+        if wait is not None and wait.sequence is seq:
+            del self._row_waits[tenant]
 
     def find(self, request_id: str) -> Sequence | None:
         return next((queue[request_id] for queue in self._queues.values() if request_id in queue), None)
@@ -84,13 +86,11 @@ class TenantQueues:
         ]
 
     def note_row_wait(self, seq: Sequence, now: float) -> None:
-        """Rank rows are missing for it. One sequence of each tenant ages: many cold adapters earn no more than one."""
-        self._row_waits.setdefault(seq.request.tenant, _RowWait(seq, now))
+        """Rank rows are missing for it, from now until it leaves the queue.
 
-    def forget_row_wait(self, seq: Sequence) -> None:
-        wait = self._row_waits.get(seq.request.tenant)
-        if wait is not None and wait.sequence is seq:
-            del self._row_waits[seq.request.tenant]
+        One sequence of each tenant ages at a time: many cold adapters earn no more than one.
+        """
+        self._row_waits.setdefault(seq.request.tenant, _RowWait(seq, now))
 
     def starved(self, before: float) -> list[Sequence]:
         """Those that have waited for rows since `before` or longer; the tenant that was served least first."""

@@ -603,6 +603,26 @@ def test_a_wide_adapter_gets_its_rows_although_narrow_ones_keep_coming():
     assert wide.admitted_at < 5.0
 
 
+def test_a_sequence_keeps_its_age_when_its_turn_is_put_off_in_between():
+    """A pool that copies few adapters a step answers "fetching" when others were first; that is no new beginning."""
+
+    class Reluctant(Rows):
+        def acquire(self, adapter: AdapterManifest, now: float) -> Acquired:
+            if adapter.digest == "wide" and now < 3.0 and round(now * 10) % 2:
+                return Acquired(Lease.FETCHING)
+            return super().acquire(adapter, now)
+
+    rig = Rig(rows=Reluctant(2), step_s=0.1)
+    rig.add(adapter="a", max_tokens=8)
+    rig.step()
+    wide = rig.add(adapter="wide", rank=2)
+    for _ in range(100):
+        rig.add(adapter="a", max_tokens=8)
+        rig.step()
+    assert wide.admitted_at is not None
+    assert wide.admitted_at < 3.0 + 8 * 0.1 + 0.5
+
+
 def test_many_cold_adapters_of_one_tenant_age_one_at_a_time():
     rig = Rig(rows=Rows(1), step_s=0.5, max_sequences=2)
     rig.add(adapter="a", tenant="light", max_tokens=4)
