@@ -18,7 +18,6 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from app.engine.sequence import Timings
-from app.engine.snapshot import Histogram as StepHistogram
 
 OUTCOMES = ("ok", "client_error", "rejected", "cancelled", "deadline", "error")
 REJECTIONS = ("queue_full", "tenant_rate", "tenant_tokens", "draining", "memory", "breaker")
@@ -56,6 +55,15 @@ class TierSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """A histogram kept elsewhere: counts per bucket (not cumulative), one more than bounds for what lies above."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float  # sum of the observed values
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentAdapter:
     """One adapter in the rank pool."""
 
@@ -85,10 +93,10 @@ class ServingSnapshot:
     is_draining: bool = False
     tiers: Mapping[str, TierSnapshot] = field(default_factory=dict)
     load_failures: Mapping[str, int] = field(default_factory=dict)
-    load_seconds: Mapping[str, StepHistogram] = field(default_factory=dict)  # by stage
-    step_seconds: Mapping[str, StepHistogram] = field(default_factory=dict)  # by phase
-    batch_rows: StepHistogram | None = None
-    batch_adapters: StepHistogram | None = None
+    load_seconds: Mapping[str, HistogramSnapshot] = field(default_factory=dict)  # by stage
+    step_seconds: Mapping[str, HistogramSnapshot] = field(default_factory=dict)  # by phase
+    batch_rows: HistogramSnapshot | None = None
+    batch_adapters: HistogramSnapshot | None = None
     num_generations: int = 0  # adapters replaced in the pool since the start
     num_quarantined: int = 0
     num_stale_served: int = 0
@@ -366,7 +374,7 @@ def _labelled_gauge(name: str, words: str, labels: Mapping[str, str], value: flo
     return family
 
 
-def _histograms(name: str, words: str, label: str, values: Mapping[str, StepHistogram]) -> Iterator[Metric]:
+def _histograms(name: str, words: str, label: str, values: Mapping[str, HistogramSnapshot]) -> Iterator[Metric]:
     if values:
         family = HistogramMetricFamily(name, words, labels=(label,))
         for key, histogram in values.items():
@@ -374,7 +382,7 @@ def _histograms(name: str, words: str, label: str, values: Mapping[str, StepHist
         yield family
 
 
-def _cumulative(histogram: StepHistogram) -> list[tuple[str, float]]:
+def _cumulative(histogram: HistogramSnapshot) -> list[tuple[str, float]]:
     buckets, seen = [], 0
     for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
         seen += count

@@ -10,8 +10,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.engine.sequence import Timings
-from app.engine.snapshot import Histogram
-from app.metrics import Metrics, ResidentAdapter, ServingSnapshot, TierSnapshot
+from app.metrics import HistogramSnapshot, Metrics, ResidentAdapter, ServingSnapshot, TierSnapshot
 
 ADAPTER = ResidentAdapter("acme", "a" * 64, "support", rank=8, num_leases=1, is_pinned=False)
 TIMINGS = Timings(
@@ -100,8 +99,8 @@ def test_gauges_follow_the_snapshot() -> None:
         free_rows=24,
         total_rows=32,
         tiers={"host": TierSnapshot(10, 2, 100, {"lru": 5})},
-        step_seconds={"decode": Histogram((0.1, 1.0), (2, 1, 1), 4.0)},
-        batch_rows=Histogram((1.0, 2.0), (1, 0, 0), 1.0),
+        step_seconds={"decode": HistogramSnapshot((0.1, 1.0), (2, 1, 1), 4.0)},
+        batch_rows=HistogramSnapshot((1.0, 2.0), (1, 0, 0), 1.0),
         prefix_hits=9,
     )
     metrics = make(snapshot)
