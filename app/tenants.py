@@ -148,8 +148,13 @@ class Tenants:
         wall: Callable[[], float] = time.time,
         cache_ttl_s: float = 0.5,
         cache_entries: int = 10_000,
+        on_limits: Callable[[str, TenantLimits], None] | None = None,
     ) -> None:
-        """`clock` is monotonic and ages the caches; `wall` is Unix time and decides whether a key has expired."""
+        """`clock` is monotonic and ages the caches; `wall` is Unix time and decides whether a key has expired.
+
+        `on_limits(tenant, limits)` is told of limits each time they are read anew.
+        """
+        self._on_limits = on_limits
         self._engine = engine
         self._defaults = defaults
         self._clock = clock
@@ -238,6 +243,8 @@ class Tenants:
             asked_at = self._clock()
             known = self.get(tenant).limits.over(self._defaults)
             self._limits.put(tenant, known, asked_at=asked_at)
+            if self._on_limits is not None:
+                self._on_limits(tenant, known)
         return known
 
     def set_limits(self, tenant: str, **changes: int | None) -> Tenant:

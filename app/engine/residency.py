@@ -146,6 +146,10 @@ class Residency:
         self._loader.quarantine(key)
 
     @property
+    def bytes_per_row(self) -> int:
+        return self._tensors.num_bytes // self.pool.num_rows
+
+    @property
     def num_quarantined(self) -> int:
         return len(self._quarantined)
 

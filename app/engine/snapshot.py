@@ -110,6 +110,9 @@ class EngineSnapshot:
     pool_rows: int
     pool_free_rows: int
     pool_leased_rows: int
+    bytes_per_row: int  # of the pool, all linears together
+    kv_block_size: int  # tokens
+    kv_num_blocks: int
     quarantined: int
     placements: int
     evictions: int

@@ -1,0 +1,247 @@
+"""The composition root: the one file that names concrete classes. Settings in, a running server out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.catalog import AdapterCatalog
+from adapters.checked import CheckedAdapter, DoorLimits
+from adapters.disk_tier import DiskTier
+from adapters.door import check_adapter, check_base
+from adapters.loader import AdapterLoader, LoaderLimits
+from adapters.lru import ByteLRU
+from adapters.manifest import AdapterManifest, BaseModelSpec
+from adapters.remembered import Lifetimes
+from adapters.weights import HostAdapter, load_host_adapter
+from app import __version__
+from app.api.services import ApiLimits, Services
+from app.chat import Renderer
+from app.database import migrate, open_database
+from app.engine.assembly import EngineConfig, assemble_engine
+from app.engine.base_model import BaseModel, load_base_model, use_threads
+from app.engine.engine import Engine
+from app.logs import configure_logging
+from app.metrics import Metrics
+from app.rate_limits import RateLimiter
+from app.server import run_server
+from app.serving_view import LoadTimes, ServingView
+from app.settings import Settings, is_loopback
+from app.storage import open_store
+from app.tenant_shares import TenantShares
+from app.tenants import TenantLimits, Tenants
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Everything that runs in a serving process; `close` ends it in the order in which the parts need each other."""
+
+    settings: Settings
+    base: BaseModel
+    engine: Engine
+    loader: AdapterLoader[HostAdapter]
+    catalog: AdapterCatalog
+    services: Services
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.loader.close()
+
+
+class Draining:
+    """A flag that the probes read and the signal handler raises."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __call__(self) -> bool:
+        return self.is_set
+
+
+def build_server(settings: Settings, draining: Draining) -> Server:
+    """Load the base, open store and database, start the engine."""
+    use_threads(settings.threads)
+    data_dir = settings.data_dir
+    base = load_base(settings)
+    limits = door_limits(settings)
+    database = open_database(settings.database_url)
+    migrate(database)
+    shares = TenantShares()
+    tenants = Tenants(database, defaults=default_limits(settings), on_limits=shares.note)
+    metrics_of_store = _Later()
+    store = open_store(settings, on_call=metrics_of_store)
+    load_times = LoadTimes()
+    loader: AdapterLoader[HostAdapter] = AdapterLoader(
+        fetch=store,
+        disk=DiskTier(data_dir / "adapters", settings.disk_cache_bytes),
+        host=ByteLRU(settings.host_cache_bytes),
+        parse=adapter_parser(base, limits),
+        size_of=lambda adapter: adapter.num_bytes,
+        limits=LoaderLimits(
+            workers=settings.loader_workers,
+            fetch_timeout_s=settings.s3_object_timeout_s,
+            max_weights_bytes=settings.max_adapter_bytes,
+        ),
+        observe=load_times.observe,
+    )
+    check = functools.partial(check_adapter, base=base.spec, limits=limits)
+    catalog = open_catalog(settings, store, base.spec)
+    engine = assemble_engine(base, loader, engine_config(settings), shares)
+    view = ServingView(
+        engine,
+        loader,
+        load_times,
+        is_draining=draining,
+        num_stale_served=lambda: catalog.stale_served,
+        degraded=lambda: (),
+    )
+    metrics = Metrics(
+        model_name=base.spec.id,
+        snapshot=view,
+        max_context=base.shapes.max_context,
+        build={
+            "version": __version__,
+            "base_model": base.spec.id,
+            "quant": base.quantization,
+            "device": base.device.type,
+        },
+    )
+    renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
+    services = Services(
+        engine=engine,
+        text=renderer,
+        catalog=catalog,
+        tenants=tenants,
+        rates=RateLimiter(),
+        check_adapter=lambda config, weights: check(config, weights),
+        base=base.spec,
+        limits=ApiLimits(
+            max_context=base.shapes.max_context,
+            vocab_size=base.shapes.vocab_size,
+            default_max_tokens=settings.default_max_tokens,
+            max_timeout_s=settings.request_timeout_s,
+            max_body_bytes=settings.max_body_bytes,
+            max_adapter_bytes=settings.max_adapter_bytes,
+            stale_engine_s=settings.stale_engine_s,
+        ),
+        metrics=metrics,
+        snapshot=view,
+        scratch=_directory(data_dir / "scratch"),
+        started_at=int(time.time()),
+        admin_key=settings.admin_key_text,
+        metrics_open=settings.admin_port is not None or is_loopback(settings.host),
+        admin_here=settings.admin_port is None,
+    )
+    engine.start()
+    return Server(settings, base, engine, loader, catalog, services)
+
+
+def serve(settings: Settings, on_ready: Callable[[str], None] | None = None) -> int:
+    """Run the server until SIGTERM; returns the exit code. `on_ready(url)` is called once it answers."""
+    configure_logging(settings.log_level)
+    draining = Draining()
+    server = build_server(settings, draining)
+    try:
+        return run_server(server, draining, on_ready)
+    finally:
+        server.close()
+
+
+# ---- parts, also used by the worker, the command line and the benchmark
+
+
+def load_base(settings: Settings) -> BaseModel:
+    return load_base_model(
+        settings.base_model,
+        settings.data_dir,
+        name=settings.base_name,
+        revision=settings.base_revision,
+        quantization=settings.quantization,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+
+
+def door_limits(settings: Settings) -> DoorLimits:
+    return DoorLimits(
+        max_rank=settings.max_rank, max_scale=settings.max_scale, max_file_bytes=settings.max_adapter_bytes
+    )
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        pool_rows=settings.pool_rank,
+        max_pinned_leaves_rows=settings.max_rank,
+        max_sequences=settings.max_sequences,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_waiting=settings.max_waiting,
+        block_size=settings.block_size,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        prefix_caching=settings.prefix_caching,
+        latency_factor=settings.training_latency_factor,
+    )
+
+
+def default_limits(settings: Settings) -> TenantLimits:
+    return TenantLimits(
+        max_waiting=settings.tenant_max_waiting,
+        max_running=settings.tenant_max_running,
+        requests_per_minute=settings.tenant_requests_per_minute,
+        tokens_per_minute=settings.tenant_tokens_per_minute,
+        max_adapters=settings.tenant_max_adapters,
+        max_storage_bytes=settings.tenant_max_storage_bytes,
+        max_jobs=settings.tenant_max_jobs,
+    )
+
+
+def adapter_parser(base: BaseModel, limits: DoorLimits) -> Callable[[AdapterManifest, Path, Path], HostAdapter]:
+    """The loader's last stage: the door, then one block of host memory in the compute dtype."""
+
+    def parse(manifest: AdapterManifest, config: Path, weights: Path) -> HostAdapter:
+        check_base(manifest, base.spec)
+        checked: CheckedAdapter = check_adapter(config.read_bytes(), weights, base.spec, limits)
+        return load_host_adapter(
+            (manifest.tenant, manifest.digest),
+            checked,
+            weights,
+            dtype=base.dtype,
+            pin_memory=base.device.type == "cuda" and torch.cuda.is_available(),
+        )
+
+    return parse
+
+
+def open_catalog(settings: Settings, store: object, base: BaseModelSpec) -> AdapterCatalog:
+    limits = door_limits(settings)
+    return AdapterCatalog(
+        store,  # type: ignore[arg-type]
+        base,
+        limits,
+        check=check_adapter,
+        scratch=_directory(settings.data_dir / "scratch"),
+        lifetimes=Lifetimes(present_s=settings.pointer_ttl_s, stale_s=settings.stale_ttl_s),
+    )
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class _Later:
+    """Where the store reports its calls: the metrics, which are made after it."""
+
+    def __init__(self) -> None:
+        self.target: Callable[[str, str, float], None] | None = None
+
+    def __call__(self, op: str, outcome: str, seconds: float) -> None:
+        if self.target is not None:
+            self.target(op, outcome, seconds)
