@@ -1,11 +1,16 @@
-"""Picks the blob store's class by its URL; the one place that does."""
+"""From settings to what server, worker and command line use alike: the blob store and the limits. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from adapters.checked import DoorLimits
 from adapters.store import BlobStore, DirectoryStore
 from app.settings import FileLocation, Settings
+
+if TYPE_CHECKING:
+    from app.tenants import TenantLimits
 
 
 def open_store(settings: Settings, *, on_call: Callable[[str, str, float], None] | None = None) -> BlobStore:
@@ -29,3 +34,17 @@ def open_store(settings: Settings, *, on_call: Callable[[str, str, float], None]
         upload_checksums=settings.s3_upload_checksums,
         on_call=on_call,
     )
+
+
+def door_limits(settings: Settings) -> DoorLimits:
+    """What an adapter may be."""
+    return DoorLimits(
+        max_rank=settings.max_rank, max_scale=settings.max_scale, max_file_bytes=settings.max_adapter_bytes
+    )
+
+
+def default_limits(settings: Settings) -> TenantLimits:
+    """What holds where a tenant's own row says nothing."""
+    from app.tenants import LIMIT_NAMES, TenantLimits
+
+    return TenantLimits(**{name: getattr(settings, f"tenant_{name}") for name in LIMIT_NAMES})

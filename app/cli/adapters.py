@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def check(
 ) -> None:
     """Say whether an adapter would be accepted, with the code and the field that a server would name."""
     from adapters.door import check_directory
-    from app.cli.catalog import base_spec, door_limits
+    from app.cli.catalog import base_spec
+    from app.storage import door_limits
 
     settings = loaded.settings
     base = base_spec(settings)
@@ -54,14 +56,16 @@ def push(
     """Publish a directory as the adapter's next version; prints NAME@vN alone on the last line."""
     from adapters.door import check_directory
     from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
-    from app.cli.catalog import base_spec, door_limits, open_catalog
+    from app.cli.catalog import base_spec, open_catalog
     from app.cli.stores import open_tenants
+    from app.storage import door_limits
 
     settings = loaded.settings
     open_tenants(settings).get(tenant)
-    check_directory(directory, base_spec(settings), door_limits(settings))  # symlinks, foreign files: by name
+    base = base_spec(settings)
+    check_directory(directory, base, door_limits(settings))  # symlinks and foreign files, which `publish` does not see
     config = (directory / CONFIG_FILE).read_bytes()
-    manifest = open_catalog(settings).publish(
+    manifest = open_catalog(settings, base).publish(
         tenant, name, config, directory / WEIGHTS_FILE, alias=alias or None, source="upload"
     )
     say(f"published {tenant}/{manifest.label}, digest {manifest.digest}" + (f", {alias} points to it" if alias else ""))
@@ -76,9 +80,9 @@ def list_adapters(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Show this adapter's versions.")] = "",
 ) -> None:
     """Show a tenant's adapters, or one adapter's versions."""
-    from app.cli.catalog import open_catalog
+    from app.cli.catalog import named_base, open_catalog
 
-    catalog = open_catalog(loaded.settings)
+    catalog = open_catalog(loaded.settings, named_base(loaded.settings))
     if not name:
         rows = [
             [entry.name, str(len(entry.versions)), _pointers(entry.aliases), entry.live.digest if entry.live else ""]
@@ -107,11 +111,11 @@ def alias(
     roll_back: Annotated[bool, typer.Option("--roll-back", help="Point to where it pointed before.")] = False,
 ) -> None:
     """Show an adapter's aliases, point one to a version, or roll it back."""
-    from app.cli.catalog import open_catalog
+    from app.cli.catalog import named_base, open_catalog
 
     if version and roll_back:
         raise typer.BadParameter("give a version or --roll-back, not both")
-    catalog = open_catalog(loaded.settings)
+    catalog = open_catalog(loaded.settings, named_base(loaded.settings))
     if roll_back:
         catalog.roll_back(tenant, name, alias)
     elif version:
@@ -130,11 +134,11 @@ def export(
     """Write one version as a plain PEFT directory, checked against its digests."""
     from adapters.errors import AdapterDigestMismatch
     from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, blob_key
-    from app.cli.catalog import open_catalog
+    from app.cli.catalog import base_spec, open_catalog
     from app.storage import open_store
 
     bare, _, selector = name.partition("@")
-    manifest = open_catalog(loaded.settings).resolve(tenant, bare, selector or None)
+    manifest = open_catalog(loaded.settings, base_spec(loaded.settings)).resolve(tenant, bare, selector or None)
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise typer.BadParameter(f"{directory} is not empty", param_hint="DIR")
@@ -158,5 +162,5 @@ def _number(version: str) -> int:
     return int(digits)
 
 
-def _pointers(aliases: dict[str, int]) -> str:
+def _pointers(aliases: Mapping[str, int]) -> str:
     return ", ".join(f"{alias} -> v{version}" for alias, version in sorted(aliases.items()))

@@ -11,16 +11,6 @@ from app.settings_sources import ConfigurationError
 if TYPE_CHECKING:
     from adapters.catalog import AdapterCatalog
 
-    from adapters.door import DoorLimits
-
-
-def door_limits(settings: Settings) -> DoorLimits:
-    from adapters.door import DoorLimits
-
-    return DoorLimits(
-        max_rank=settings.max_rank, max_scale=settings.max_scale, max_file_bytes=settings.max_adapter_bytes
-    )
-
 
 def base_spec(settings: Settings) -> BaseModelSpec:
     """What adapters must fit. Slow the first time. Raises ConfigurationError when there is no such base."""
@@ -39,12 +29,17 @@ def base_spec(settings: Settings) -> BaseModelSpec:
         raise ConfigurationError([f"LODGER_BASE_MODEL is {settings.base_model}: {exc}"]) from exc
 
 
-def open_catalog(settings: Settings) -> AdapterCatalog:
-    """Raises ConfigurationError, StoreError."""
-    from adapters.catalog import AdapterCatalog
+def named_base(settings: Settings) -> BaseModelSpec:
+    """The base by its name alone: enough to list, alias and erase, where nothing is checked against its shapes."""
+    return BaseModelSpec(settings.base_id, digest="", aliases=(), linears={})
 
-    from app.storage import open_store
+
+def open_catalog(settings: Settings, base: BaseModelSpec) -> AdapterCatalog:
+    """Raises StoreError."""
+    from adapters.catalog import AdapterCatalog
+    from adapters.door import check_adapter
+    from app.storage import door_limits, open_store
 
     scratch = settings.data_dir / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    return AdapterCatalog(open_store(settings), base_spec(settings), door_limits(settings), scratch=scratch)
+    return AdapterCatalog(open_store(settings), base, door_limits(settings), check=check_adapter, scratch=scratch)

@@ -8,20 +8,14 @@ from app.settings import Settings
 from app.settings_sources import ConfigurationError, mask_password
 
 if TYPE_CHECKING:
-    from app.tenants import TenantLimits, Tenants
-
-
-def default_limits(settings: Settings) -> TenantLimits:
-    """What holds where a tenant's own row says nothing."""
-    from app.tenants import LIMIT_NAMES, TenantLimits
-
-    return TenantLimits(**{name: getattr(settings, f"tenant_{name}") for name in LIMIT_NAMES})
+    from app.tenants import Tenants
 
 
 def open_tenants(settings: Settings) -> Tenants:
     """The store of tenants and keys, its schema up to date. Raises ConfigurationError when there is no database."""
     from app.database import DatabaseTooNew, migrate, open_database
     from app.errors import DatabaseUnavailable
+    from app.storage import default_limits
     from app.tenants import Tenants
 
     where = mask_password(settings.database_url)

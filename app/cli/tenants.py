@@ -94,10 +94,10 @@ def delete(
     """Erase a tenant: its keys, rows, adapters and files. The id is not used again."""
     if not yes:
         typer.confirm(f"Erase {name} with all its adapters, files and jobs?", abort=True, err=True)
-    from app.cli.catalog import open_catalog
+    from app.cli.catalog import named_base, open_catalog
 
     open_tenants(loaded.settings).erase(name)  # first, so that nothing new is written under it
-    open_catalog(loaded.settings).erase_tenant(name)
+    open_catalog(loaded.settings, named_base(loaded.settings)).erase_tenant(name)
     say(f"erased {name}")
     print(name)
 
