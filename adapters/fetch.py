@@ -64,15 +64,20 @@ class _WrongBytes(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class FetchLimits:
-    """What a manifest may ask for, whoever wrote it."""
+class LoaderLimits:
+    """How much at once, for how long, and what a manifest may ask for, whoever wrote it."""
 
+    workers: int = 8
+    max_parsing: int = 2  # adapters parsed at a time; the cores belong to the engine
+    max_pending: int = 1024  # loads that wait for a worker
+    max_pending_per_tenant: int = 256
+    fetch_timeout_s: float = 20.0  # for its turn, and again for the load itself
     max_config_bytes: int = 64 << 10
     max_weights_bytes: int = 512 << 20
 
 
 class Fetcher(Generic[H]):
-    """Turns manifests into parsed adapters. Thread-safe; `max_parsing` at a time are parsed, to spare the cores."""
+    """Turns manifests into parsed adapters. Thread-safe."""
 
     def __init__(
         self,
@@ -82,8 +87,7 @@ class Fetcher(Generic[H]):
         size_of: Callable[[H], int],
         *,
         clock: Callable[[], float] = time.monotonic,
-        limits: FetchLimits,
-        max_parsing: int,
+        limits: LoaderLimits,
     ) -> None:
         self.store = store
         self.disk = disk
@@ -91,7 +95,7 @@ class Fetcher(Generic[H]):
         self.size_of = size_of
         self.clock = clock
         self.limits = limits
-        self.parsing = threading.BoundedSemaphore(max_parsing)
+        self.parsing = threading.BoundedSemaphore(limits.max_parsing)
 
     def load(self, manifest: AdapterManifest, deadline: float) -> Loaded[H]:
         """Fetch, verify and parse. No object is asked of the store once `deadline` has passed.

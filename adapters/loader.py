@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from adapters.courier import Courier
 from adapters.disk_tier import DiskTier
 from adapters.errors import AdapterError, AdapterNotFound, AdapterQuarantined, AdapterUnavailable, LocalDiskFailed
-from adapters.fetch import Fetcher, FetchLimits, Loaded, LoadFailed
+from adapters.fetch import Fetcher, Loaded, LoaderLimits, LoadFailed
 from adapters.flights import Answer, Flight, FlightQueue, OnDone, Want
 from adapters.lru import ByteLRU, Eviction, TierStats
 from adapters.manifest import AdapterManifest, FileFact
@@ -32,27 +32,14 @@ from adapters.refusals import REASONS, NegativeCache, NegativeTTL, failure_reaso
 if TYPE_CHECKING:
     from adapters.store import BlobStore
 
+__all__ = ["AdapterLoader", "LoaderLimits", "LoaderSnapshot"]
+
 logger = logging.getLogger(__name__)
 
 H = TypeVar("H")
 AdapterKey = tuple[str, str]  # (tenant, digest)
 Parse = Callable[[AdapterManifest, Path, Path], H]
 _DEFAULT_TTL = NegativeTTL()
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderLimits:
-    """How much at once, and for how long."""
-
-    workers: int = 8
-    max_parsing: int = 2  # adapters verified against the door's rules at a time; the cores belong to the engine
-    max_pending: int = 1024  # loads that wait for a worker
-    max_pending_per_tenant: int = 256
-    fetch_timeout_s: float = 20.0  # for its turn, and again for the load itself
-    max_config_bytes: int = 64 << 10
-    max_weights_bytes: int = 512 << 20
-
-
 _DEFAULT_LIMITS = LoaderLimits()
 
 
@@ -97,10 +84,7 @@ class AdapterLoader(Generic[H]):
         self._clock = clock
         self._timeout_s = limits.fetch_timeout_s
         self._observe = observe
-        fetch_limits = FetchLimits(limits.max_config_bytes, limits.max_weights_bytes)
-        self._fetcher = Fetcher(
-            fetch, disk, parse, size_of, clock=clock, limits=fetch_limits, max_parsing=limits.max_parsing
-        )
+        self._fetcher = Fetcher(fetch, disk, parse, size_of, clock=clock, limits=limits)
         # Guards everything below. Never held during I/O; the host tier's `on_evict` may run under it.
         self._wake = threading.Condition()
         self._flights: dict[AdapterKey, Flight[H]] = {}

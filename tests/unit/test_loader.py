@@ -27,7 +27,8 @@ from adapters.errors import (
     ObjectTooLarge,
     StoreUnavailable,
 )
-from adapters.loader import AdapterLoader, LoaderLimits
+from adapters.fetch import LoaderLimits
+from adapters.loader import AdapterLoader
 from adapters.lru import ByteLRU, Eviction
 from adapters.manifest import AdapterManifest, FileFact, adapter_digest, blob_key
 from adapters.store import ObjectInfo
