@@ -6,6 +6,8 @@ import ipaddress
 import os
 from pathlib import Path
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # control groups v2: "<microseconds|max> <period>"
+
 
 def default_data_dir() -> Path:
     """`lodger` below XDG_DATA_HOME, or below ~/.local/share."""
@@ -17,7 +19,7 @@ def available_cores() -> int:
     """Cores this process may use: its affinity, and no more than its control group's quota pays for."""
     cores = len(os.sched_getaffinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text("ascii").split()
+        quota, period = CPU_QUOTA.read_text("ascii").split()
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))

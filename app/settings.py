@@ -146,7 +146,7 @@ class Settings(BaseSettings):
         default_factory=lambda: ByteSize(default_host_cache_bytes()), description="Host memory for adapters."
     )
     disk_cache_bytes: Bytes = Field(ByteSize(20 * GIB), description="Disk for downloaded adapters.")
-    loader_workers: Annotated[int, Field(ge=1, le=64)] = Field(4, description="Adapters fetched at a time.")
+    loader_workers: Annotated[int, Field(ge=1, le=64)] = Field(16, description="Adapters fetched at a time.")
     pointer_ttl_s: Seconds = Field(
         15.0, description="How long an alias or listing is believed before the store is asked again."
     )
@@ -216,7 +216,7 @@ class Settings(BaseSettings):
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
         given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
         config = given.get("config") or os.environ.get(PREFIX + "CONFIG")
-        return (*sources, TomlConfigSettingsSource(settings_cls, toml_file=Path(config))) if config else sources
+        return (*sources, TomlConfigSettingsSource(settings_cls, toml_file=Path(config).expanduser())) if config else sources
 
     @field_validator("data_dir", "config", mode="after")
     @classmethod
