@@ -27,6 +27,7 @@ FINISH_REASONS = ("stop", "length", "abort", "deadline", "error")
 AUTH_FAILURES = ("missing", "invalid", "tenant_required", "tenant_mismatch", "erased", "scope")
 LOAD_STAGES = ("fetch", "verify", "parse", "place")
 LOAD_FAILURES = ("not_found", "digest", "format", "rank", "base_mismatch", "no_modules", "nan", "timeout", "s3")
+STORE_OPS = ("head", "get", "put", "create", "list", "delete")
 EVICTIONS = ("lru", "superseded", "erased", "corrupt")
 
 TTFT_BUCKETS = (
@@ -41,6 +42,7 @@ LATENCY_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0),
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+STORE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
@@ -104,6 +106,7 @@ class ServingSnapshot:
     integrity_failures: Mapping[str, int] = field(default_factory=dict)
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0
+    breaker_state: int | None = None  # 0 closed, 1 half-open, 2 open; None without an S3 store
     degraded: tuple[str, ...] = ()  # what is down without stopping cached work, e.g. "s3"
 
     @property
@@ -176,6 +179,19 @@ class Metrics:
         ):
             for reason in reasons:
                 counter.labels(reason)
+        self._store_calls = Counter(
+            "lodger_s3_requests_total", "Calls of the blob store.", ("op", "outcome"), registry=registry
+        )
+        self._store_seconds = Histogram(
+            "lodger_s3_request_seconds",
+            "How long calls of the blob store took.",
+            ("op",),
+            buckets=STORE_BUCKETS,
+            registry=registry,
+        )
+        for op in STORE_OPS:
+            self._store_calls.labels(op, "ok")
+            self._store_seconds.labels(op)
         self._loop_lag = Histogram(
             "lodger_event_loop_lag_seconds",
             "How late the event loop runs a timer.",
@@ -224,6 +240,11 @@ class Metrics:
 
     def auth_failed(self, reason: str) -> None:
         self._auth_failures.labels(reason).inc()
+
+    def store_call(self, op: str, outcome: str, seconds: float) -> None:
+        """One call of an S3 store has ended; any thread."""
+        self._store_calls.labels(op, outcome).inc()
+        self._store_seconds.labels(op).observe(seconds)
 
     def loop_lag(self, seconds: float) -> None:
         self._loop_lag.observe(seconds)
@@ -288,6 +309,8 @@ class _SnapshotCollector(Collector):
         blocks = {"block_size": str(now.kv_block_size), "num_gpu_blocks": str(now.kv_num_blocks)}
         yield _labelled_gauge("vllm:cache_config_info", "The KV cache's shape.", blocks, 1)
         yield _gauge("lodger_engine_heartbeat_age_seconds", "Since the engine last ticked.", now.heartbeat_age_s)
+        if now.breaker_state is not None:
+            yield _gauge("lodger_s3_breaker_state", "0 closed, 1 half-open, 2 open.", now.breaker_state)
         yield _gauge("lodger_draining", "1 while the server refuses new work.", float(now.is_draining))
 
     def _lora_gauges(self, now: ServingSnapshot) -> Iterator[Metric]:

@@ -123,31 +123,18 @@ async def answer(
     model = services.base.id if plan.adapter is None else plan.adapter.label
     limits = await context.blocking(services.tenants.limits, plan.tenant)
     headers = context.headers_for(plan.adapter) | spend_prompt(context, plan.tenant, limits, prompts)
-    turn = context.turns.ask(
-        plan.tenant,
-        len(prompts) * body.num_choices,
-        max_running=limits.max_running,
-        max_waiting=limits.max_waiting,
-    )
-    generation = Generation(context.client, services.text, plan, prompts, body.num_choices, turn)
-
-    def leave() -> None:
-        turn.abandon()
-        generation.cancel()
-
-    watch = DisconnectWatch(request.receive, leave)
+    generation = Generation(context.client, services.text, plan, prompts, body.num_choices)
+    answer_format = make_format(generation, model)
+    watch = DisconnectWatch(request.receive, generation.cancel)
     running = ExitStack()  # undone at the end of the answer, which for a stream is after this function's
     running.callback(facts.note_generation, generation)
     running.callback(generation.close)
     running.callback(watch.stop)
     running.enter_context(context.tracking(plan.tenant, generation))
     running.callback(spend_answer, context, plan.tenant, limits, generation)
-    answer_format = make_format(generation, model)
     with running:
-        await turn.wait(plan.deadline)
-        if not watch.has_left:
-            generation.submit()
-            await generation.admitted()
+        generation.submit()
+        await generation.admitted()
         if body.stream and not watch.has_left:
             return EventStream(
                 generation,

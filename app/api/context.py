@@ -19,7 +19,6 @@ from app.api.engine_client import EngineClient
 from app.api.generation import Generation
 from app.api.middleware import RequestFacts, facts_of
 from app.api.services import Services
-from app.api.turns import Turns
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +33,6 @@ class ApiContext:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.client = EngineClient(services.engine, services.metrics)
-        self.turns = Turns()
         self.open: dict[str, set[Generation]] = {}  # by tenant
         self._blocking = anyio.CapacityLimiter(MAX_BLOCKING_CALLS)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)

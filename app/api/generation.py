@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from adapters.manifest import AdapterManifest
 from app.api.engine_client import EngineClient
 from app.api.services import TextPort
-from app.api.turns import Turn
 from app.engine.sequence import (
     Admitted,
     Event,
@@ -98,13 +97,12 @@ class Choice:
                 self._take_token(event)
         elif type(event) is Admitted:
             self.num_cached = event.cached_tokens
-            self._generation.note_admitted()
+            self._generation.is_admitted = True
         else:
             assert type(event) is Finished
             self.timings = event.timings
             if not self.is_over:
                 self._finish(event)
-            self._generation.note_finished()
         self._generation.wake()
 
     def fail(self, error: Exception) -> None:
@@ -211,7 +209,6 @@ class Generation:
         plan: Plan,
         prompts: Sequence[Sequence[int]],
         n: int,
-        turn: Turn,
     ) -> None:
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
@@ -219,8 +216,6 @@ class Generation:
         self.is_cancelled = False
         self._client = client
         self._n = n
-        self._turn = turn
-        self._num_unfinished = 0  # sequences in the engine
         self._is_dirty = False
         self._waiter: asyncio.Future[None] | None = None
         arrival = time.monotonic()
@@ -247,19 +242,14 @@ class Generation:
         try:
             for choice in self.choices:
                 self._client.submit(choice.request, choice)
-                self._num_unfinished += 1
         except BaseException:
             self.cancel()
-            if self._num_unfinished == 0:
-                self._turn.release()
             raise
 
     def close(self) -> None:
         """The answer is over, however it ended: nothing may go on running for it."""
         if not self.is_over:
             self.cancel()
-        if self._num_unfinished == 0:
-            self._turn.release()
 
     def cancel(self) -> None:
         """End what still runs; idempotent."""
@@ -274,16 +264,6 @@ class Generation:
         for choice in self.choices:
             choice.fail(error)
             self._client.cancel(choice.request.id)
-
-    def note_admitted(self) -> None:
-        self.is_admitted = True
-        self._turn.admitted()
-
-    def note_finished(self) -> None:
-        """A sequence has left the engine; with the last one the tenant's turn ends."""
-        self._num_unfinished -= 1
-        if self._num_unfinished == 0:
-            self._turn.release()
 
     def cancel_choice(self, choice: Choice) -> None:
         self._client.cancel(choice.request.id)
