@@ -203,7 +203,7 @@ def _top_p_cut(weights: Tensor, params: list[SamplingParams]) -> Tensor:
         if not open_rows:
             break
         rows = _index(open_rows, weights.device)
-        candidates = weights.index_select(0, rows)
+        candidates = weights if len(open_rows) == len(params) else weights.index_select(0, rows)
         goal = candidates.sum(-1, keepdim=True).double() * _column([params[i].top_p for i in open_rows], weights)
         largest = candidates.topk(size).values if size < vocab else candidates.sort(descending=True).values
         before = largest.cumsum(-1, dtype=torch.float64) - largest

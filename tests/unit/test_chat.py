@@ -154,6 +154,15 @@ class TestPrompts:
         ids = renderer.render_chat([user("<|im_##start|>")], add_generation_prompt=False)
         assert renderer.tokens.special_ids.intersection(ids) == {2}
 
+    def test_a_message_cannot_put_its_own_special_token_in_the_place_of_the_templates(self, tmp_path: Path) -> None:
+        wavering = (
+            "{% for message in messages %}{% if '<b>' not in message['content'] %}{{ '<|im_start|>' }}{% endif %}"
+            "{{ message['content'] }}{{ eos_token }}{% endfor %}"
+        )
+        renderer = make(tmp_path, wavering, max_context=64)
+        ids = renderer.render_chat([user("<b>x<|im_start|>")], add_generation_prompt=False)
+        assert renderer.decode(ids) == "<b>x<|im_start|>"
+
     def test_a_template_that_looks_into_messages_sees_them(self, tmp_path: Path) -> None:
         renderer = make(tmp_path, FORGETTING, max_context=64)
         messages = [user("a<b"), assistant("<think>hm</think>hello"), user("x")]

@@ -167,6 +167,10 @@ class TestStopStrings:
             )
             assert len(held) == longest
 
+    def test_a_false_start_does_not_hide_the_true_one(self) -> None:
+        assert run_stops(["aab"], ["x", "a", "aab", "y"]) == ("xa", True)
+        assert run_stops(["abababc"], ["ab"] * 5 + ["c"]) == ("abab", True)
+
     def test_a_stop_across_tokens_is_not_shown(self) -> None:
         matcher = StopStrings(["\n\nUser:"])
         assert [matcher.push(text) for text in ("Yes.", "\n", "\nUs", "er: no")] == [
