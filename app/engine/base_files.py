@@ -16,9 +16,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import safe_open
+if TYPE_CHECKING:
+    import torch
 
 PACKAGED = "packaged:smollm2-135m-instruct"
 PACKAGED_NAME = "smollm2-135m-instruct"
@@ -77,6 +78,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _convert_packaged(out: Path) -> None:
     """Write SmolLM2-135M-Instruct, derived from the package's Q4_1 file, in transformers' format (bf16, 269 MB)."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: its code would start llama.cpp
@@ -119,6 +121,8 @@ def base_digest(source: Path, quantization: str, kept_in: Path) -> str:
     kept = kept_in / f"digest-{quantization}-{source_fingerprint(source)}.txt"
     if kept.exists() and re.fullmatch(r"[0-9a-f]{64}", text := kept.read_text().strip()):
         return text
+    import torch  # the command line comes this far only once for a base
+
     h = hashlib.sha256(f"lodger-base-v1\0{quantization}".encode())
     for name, tensor in sorted(_tensors(source), key=lambda pair: pair[0]):
         facts = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
@@ -132,6 +136,8 @@ def base_digest(source: Path, quantization: str, kept_in: Path) -> str:
 
 
 def _tensors(source: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
     for path in source.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict

@@ -17,6 +17,7 @@ from app.__main__ import main
 from app.cli.demo import curl_line
 from app.database import migrate, open_database
 from app.engine import base_spec
+from app.engine.base_files import source_fingerprint
 from app.tenants import Caller, Tenants
 from tests.adapter_files import config_bytes, plain_tensors, safetensors_bytes, tiny_base
 
@@ -190,9 +191,12 @@ def test_every_setting_is_a_flag_of_serve(cli: Cli) -> None:
 def peft_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An adapter of the tiny base, which stands in for what loading the model once would have said of it."""
     (tmp_path / "tiny").mkdir()
+    kept = tmp_path / "base" / "tiny-llama" / f"digest-nf4-{source_fingerprint(tmp_path / 'tiny')}.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(tiny_base().digest)
     monkeypatch.setenv("LODGER_BASE_MODEL", str(tmp_path / "tiny"))
     monkeypatch.setenv("LODGER_BASE_NAME", "tiny-llama")
-    monkeypatch.setattr(base_spec, "_load_spec", lambda *_: tiny_base())
+    monkeypatch.setattr(base_spec, "_read_linears", lambda _: dict(tiny_base().linears))
     directory = tmp_path / "trained"
     directory.mkdir()
     (directory / CONFIG_FILE).write_bytes(config_bytes())
