@@ -46,7 +46,9 @@ def demo(loaded: LoadedSettings) -> None:
 
 def curl_line(url: str, key: str, model: str) -> str:
     """A command that works in any POSIX shell as it is."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64})
+    body = json.dumps(
+        {"model": model, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 64, "temperature": 0}
+    )
     return (
         f"curl -s {url}/v1/chat/completions -H 'Authorization: Bearer {key}' "
         f"-H 'Content-Type: application/json' -d '{body}'"
