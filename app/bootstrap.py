@@ -15,10 +15,10 @@ from adapters.catalog import AdapterCatalog
 from adapters.checked import CheckedAdapter, DoorLimits
 from adapters.disk_tier import DiskTier
 from adapters.door import check_adapter, check_base
+from adapters.errors import AdapterDigestMismatch
 from adapters.loader import AdapterLoader, LoaderLimits
 from adapters.lru import ByteLRU
 from adapters.manifest import AdapterManifest, BaseModelSpec
-from adapters.remembered import Lifetimes
 from adapters.weights import HostAdapter, load_host_adapter
 from app import __version__
 from app.api.services import ApiLimits, Services
@@ -28,14 +28,15 @@ from app.engine.assembly import EngineConfig, assemble_engine
 from app.engine.base_model import BaseModel, load_base_model, use_threads
 from app.engine.engine import Engine
 from app.logs import configure_logging
+from app.machine import is_loopback
 from app.metrics import Metrics
 from app.rate_limits import RateLimiter
 from app.server import run_server
 from app.serving_view import LoadTimes, ServingView
-from app.settings import Settings, is_loopback
-from app.storage import open_store
+from app.settings import Settings
+from app.storage import default_limits, door_limits, open_store
 from app.tenant_shares import TenantShares
-from app.tenants import TenantLimits, Tenants
+from app.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ class Server:
     base: BaseModel
     engine: Engine
     loader: AdapterLoader[HostAdapter]
+    disk: DiskTier
     catalog: AdapterCatalog
     services: Services
 
     def close(self) -> None:
         self.engine.stop()
         self.loader.close()
+        self.disk.close()
 
 
 class Draining:
@@ -79,9 +82,10 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     metrics_of_store = _Later()
     store = open_store(settings, on_call=metrics_of_store)
     load_times = LoadTimes()
+    disk = DiskTier(data_dir / "adapters", settings.disk_cache_bytes)
     loader: AdapterLoader[HostAdapter] = AdapterLoader(
         fetch=store,
-        disk=DiskTier(data_dir / "adapters", settings.disk_cache_bytes),
+        disk=disk,
         host=ByteLRU(settings.host_cache_bytes),
         parse=adapter_parser(base, limits),
         size_of=lambda adapter: adapter.num_bytes,
@@ -100,7 +104,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         loader,
         load_times,
         is_draining=draining,
-        num_stale_served=lambda: catalog.stale_served,
+        num_stale_served=lambda: catalog.num_stale_served,
         degraded=lambda: (),
     )
     metrics = Metrics(
@@ -141,7 +145,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         admin_here=settings.admin_port is None,
     )
     engine.start()
-    return Server(settings, base, engine, loader, catalog, services)
+    return Server(settings, base, engine, loader, disk, catalog, services)
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None] | None = None) -> int:
@@ -170,12 +174,6 @@ def load_base(settings: Settings) -> BaseModel:
     )
 
 
-def door_limits(settings: Settings) -> DoorLimits:
-    return DoorLimits(
-        max_rank=settings.max_rank, max_scale=settings.max_scale, max_file_bytes=settings.max_adapter_bytes
-    )
-
-
 def engine_config(settings: Settings) -> EngineConfig:
     return EngineConfig(
         pool_rows=settings.pool_rank,
@@ -190,24 +188,14 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def default_limits(settings: Settings) -> TenantLimits:
-    return TenantLimits(
-        max_waiting=settings.tenant_max_waiting,
-        max_running=settings.tenant_max_running,
-        requests_per_minute=settings.tenant_requests_per_minute,
-        tokens_per_minute=settings.tenant_tokens_per_minute,
-        max_adapters=settings.tenant_max_adapters,
-        max_storage_bytes=settings.tenant_max_storage_bytes,
-        max_jobs=settings.tenant_max_jobs,
-    )
-
-
 def adapter_parser(base: BaseModel, limits: DoorLimits) -> Callable[[AdapterManifest, Path, Path], HostAdapter]:
     """The loader's last stage: the door, then one block of host memory in the compute dtype."""
 
     def parse(manifest: AdapterManifest, config: Path, weights: Path) -> HostAdapter:
         check_base(manifest, base.spec)
         checked: CheckedAdapter = check_adapter(config.read_bytes(), weights, base.spec, limits)
+        if checked.digest != manifest.digest:  # the door alone knows how files become an identity
+            raise AdapterDigestMismatch()
         return load_host_adapter(
             (manifest.tenant, manifest.digest),
             checked,
@@ -227,7 +215,8 @@ def open_catalog(settings: Settings, store: object, base: BaseModelSpec) -> Adap
         limits,
         check=check_adapter,
         scratch=_directory(settings.data_dir / "scratch"),
-        lifetimes=Lifetimes(present_s=settings.pointer_ttl_s, stale_s=settings.stale_ttl_s),
+        pointer_ttl_s=settings.pointer_ttl_s,
+        stale_ttl_s=settings.stale_ttl_s,
     )
 
 

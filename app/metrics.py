@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from app.engine.sequence import Timings
+from app.engine.snapshot import Histogram as HistogramSnapshot  # prometheus_client has a Histogram, too
 
 OUTCOMES = ("ok", "client_error", "rejected", "cancelled", "deadline", "error")
 REJECTIONS = ("queue_full", "tenant_rate", "tenant_tokens", "draining", "memory", "breaker")
@@ -54,15 +55,6 @@ class TierSnapshot:
     num_entries: int
     capacity_bytes: int
     evictions: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class HistogramSnapshot:
-    """A histogram kept elsewhere: counts per bucket (not cumulative), one more than bounds for what lies above."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    total: float  # sum of the observed values
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def run_server(server: Server, draining: Draining, on_ready: Callable[[str], Non
 
     async def run() -> None:
         tasks = [asyncio.create_task(listener.serve()) for listener in (main, *others)]
-        while not main.started and not tasks[0].done():
+        while not main.started and not tasks[0].done():  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
         if main.started:
             host, port = main.address

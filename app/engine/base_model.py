@@ -33,7 +33,7 @@ TARGET_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class BaseModelUnsupported(Exception):
-    """This model cannot be the base. Lodger serves Llama-like decoders with separate q, k, v, o, gate, up, down linears."""
+    """This model cannot be the base. Lodger serves Llama-like decoders with separate q, k, v, o, gate, up and down."""
 
 
 class DequantizedLinear(nn.Module):
@@ -43,7 +43,7 @@ class DequantizedLinear(nn.Module):
     would repack the weight in place at the first call, after which autograd through it is silently wrong.
     """
 
-    def __init__(self, linear: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
         super().__init__()
         import bitsandbytes as bnb
 
@@ -53,7 +53,7 @@ class DequantizedLinear(nn.Module):
             dense = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
         self.weight = nn.Parameter(dense, requires_grad=False)
         bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)  # type: ignore[union-attr, operator]
+        self.bias = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -111,7 +111,8 @@ class BaseModel:
         out: Any = self.body.layers[index](
             hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, use_cache=False
         )
-        return out[0] if isinstance(out, tuple) else out
+        layer_out: Tensor = out[0] if isinstance(out, tuple) else out
+        return layer_out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[N, hidden]` -> `[N, V]`, in fp32."""
@@ -194,7 +195,7 @@ def load_base_model(
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes it natively, else float32 (emulated bf16 is several times slower)."""
+    """`auto` is bfloat16 where the device computes it natively, else float32: emulated bf16 is several times slower."""
     if dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     if device.type == "cuda":
@@ -354,7 +355,23 @@ def _mb(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.0f} MB"
 
 
+def make_adamw(
+    parameters: list[Tensor], *, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW for an adapter's fp32 parameters: bitsandbytes' paged one on CUDA, which keeps its state out of the way of
+    serving when memory is short, torch's own elsewhere. Here, since this is the one file that knows bitsandbytes."""
+    if parameters[0].device.type != "cuda":
+        # One tensor at a time: no copies of all of them, and the same sums whatever else there is.
+        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
+    import bitsandbytes as bnb
+
+    made: torch.optim.Optimizer = bnb.optim.PagedAdamW32bit(
+        parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay
+    )
+    return made
+
+
 def use_threads(count: int) -> None:
-    """Set torch's CPU threads once at start: more threads than free cores is slower by a factor, not by a percentage."""
+    """Set torch's CPU threads once at start: more threads than free cores cost a factor, not a percentage."""
     torch.set_num_threads(count)
     os.environ.setdefault("OMP_NUM_THREADS", str(count))

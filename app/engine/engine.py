@@ -1,6 +1,6 @@
 """The engine: one thread that owns the model, the KV pool, the rank pool, the scheduler and the training stepper.
 
-    step: absorb inbox -> schedule (expire, admit) -> run -> commit -> emit; then, while there is time, a quantum of training
+    step: absorb inbox -> schedule (expire, admit) -> run -> commit -> emit; then, if time allows, a quantum of training
 
 Everything else talks to it through the inbox (`submit`, `cancel`, `call`, arrivals) and reads the immutable `snapshot`.
 Hence no locks in the core.
@@ -179,7 +179,7 @@ class Engine:
         self.call(begin)
         return future
 
-    def unpin(self, key: Key) -> concurrent.futures.Future[None]:
+    def unpin(self, key: Key) -> concurrent.futures.Future[bool]:
         return self.call(lambda: self._residency.pool.unpin(key))
 
     def unload(self, key: Key) -> concurrent.futures.Future[bool]:
@@ -235,6 +235,7 @@ class Engine:
         """One step; does nothing when no sequence can run."""
         now = self._clock()
         self._residency.new_step()
+        self._residency.keep_parked(self._scheduler.waiting_keys)
         for sequence in self._scheduler.expire(now):
             self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
         batch = self._scheduler.schedule(now)
@@ -263,6 +264,8 @@ class Engine:
                     self._queued -= 1
                 self._sinks[request.id] = sink
                 self._scheduler.add(Sequence(request))
+                if request.adapter is not None:
+                    self._residency.prefetch(request.adapter)
             case _Cancel(request_id):
                 sequence = self._scheduler.cancel(request_id)
                 if sequence is not None:
@@ -306,6 +309,8 @@ class Engine:
             self.counters.non_finite += 1
             if sequence.adapter_key is not None:
                 self._residency.quarantine(sequence.adapter_key)
+            # Earlier chunks of this prompt may lie in the prefix cache with what made the row go astray.
+            self._scheduler.kv.invalidate(sequence.adapter_key or (sequence.request.tenant, ""))
             error = NonFiniteOutput() if sequence.adapter_key is not None else InternalError()
             self._finish(sequence, FinishReason.ERROR, error)
             return
@@ -347,7 +352,7 @@ class Engine:
         self._sinks.pop(sequence.id, None)
 
     def _fail_everything(self) -> None:
-        """End every sequence with an error: the engine stops, or a step failed in a way that nobody can be blamed for."""
+        """End every sequence with an error: the engine stops, or a step failed and no single one is to blame."""
         error: LodgerError = ServerDraining() if self._draining else InternalError()
         for sequence in self._scheduler.clear():
             self._emit_finished(sequence, FinishReason.ERROR, error)

@@ -1,7 +1,7 @@
 """Which adapters lie in the rank pool: joins the pool's book-keeping, its tensors and the loader.
 
-The scheduler asks it for leases; it never blocks: an adapter that is not in memory is asked for and arrives later through
-the engine's inbox. Engine thread only.
+The scheduler asks it for leases; it never blocks: an adapter that is not in memory is asked for and arrives later
+through the engine's inbox. Engine thread only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from app.engine.model_runner import ResidentRows
 from app.engine.scheduler import Acquired, Lease
 
 Key = tuple[str, str]
+MAX_PARKED = 4
 
 
 class Loader(Protocol):
@@ -79,6 +80,9 @@ class Residency:
         self._manifests: dict[Key, AdapterManifest] = {}
         self._fetching: set[Key] = set()
         self._quarantined: set[Key] = set()
+        # Fetched, and neither in the pool (no room) nor in the host tier (larger than its budget allows): kept here for
+        # whoever waits, or it would be fetched again and again.
+        self._parked: dict[Key, HostAdapter] = {}
         # Copying an adapter into the pool takes some milliseconds that every running sequence waits for.
         self._placements_per_step = placements_per_step
         self._placements_left = placements_per_step
@@ -98,7 +102,7 @@ class Residency:
             return Acquired(Lease.FAILED, error=self._too_large(manifest))
         if key in self._fetching:
             return Acquired(Lease.FETCHING)
-        host = self._loader.host(manifest)
+        host = self._parked.get(key) or self._loader.host(manifest)
         if host is None:
             self._fetch(key, manifest)
             return Acquired(Lease.FETCHING)
@@ -110,16 +114,38 @@ class Residency:
         assert leased is not None
         return Acquired(Lease.READY, tier="host")
 
+    def prefetch(self, manifest: AdapterManifest) -> None:
+        """Begin to fetch what a queued request will want: a full batch is no reason to find the adapter cold later."""
+        key = (manifest.tenant, manifest.digest)
+        if key in self._quarantined or key in self._fetching or self.pool.extent_of(key) is not None:
+            return
+        if self.pool.fits(manifest.rank) and self._loader.host(manifest) is None:
+            self._fetch(key, manifest)
+
     def release(self, key: Key) -> None:
         self.pool.release(key)
+        if self.pool.extent_of(key) is None:  # it was unloaded while leased, and this was the last lease
+            self._forget(key)
 
     def arrived(self, arrival: Arrival) -> None:
         """Place what was fetched while there is room for it, so that it waits in the pool and not in the host tier."""
         self._fetching.discard(arrival.key)
-        if arrival.adapter is None or arrival.key in self._quarantined or arrival.key in self._linears:
+        adapter = arrival.adapter
+        if adapter is None or arrival.key in self._quarantined or self.pool.extent_of(arrival.key) is not None:
             return
-        if self.pool.fits(arrival.adapter.rank) and self._placements_left > 0:
-            self._place(arrival.key, arrival.manifest, arrival.adapter)
+        placed = (
+            self.pool.fits(adapter.rank)
+            and self._placements_left > 0
+            and self._place(arrival.key, arrival.manifest, adapter)
+        )
+        if not placed and self._loader.host(arrival.manifest) is None and len(self._parked) < MAX_PARKED:
+            self._parked[arrival.key] = adapter
+
+    def keep_parked(self, wanted: Callable[[], set[Key]]) -> None:
+        """Let go of what was parked for requests that have left; `wanted` is asked only if there is anything."""
+        if self._parked:
+            still = wanted()
+            self._parked = {key: adapter for key, adapter in self._parked.items() if key in still}
 
     def warm(self, manifest: AdapterManifest, on_done: OnDone) -> None:
         """Ask for an adapter that nobody waits for yet."""
@@ -173,6 +199,7 @@ class Residency:
             self._tensors.move(move.src, move.dst, move.count)
         self._linears[key] = self._tensors.write(placement.extent.start, host)
         self._manifests[key] = manifest
+        self._parked.pop(key, None)
         self._placements_left -= 1
         self.placements += 1
         return True

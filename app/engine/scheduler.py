@@ -221,6 +221,10 @@ class Scheduler:
         yield from self._running
         yield from self._queues
 
+    def waiting_keys(self) -> set[AdapterKey]:
+        """The adapters that somebody waits for."""
+        return {key for seq in self._queues if (key := seq.adapter_key) is not None}
+
     def served(self, tenant: str) -> float:
         """Weighted tokens of service that the tenant had."""
         return self._fairness.served(tenant)

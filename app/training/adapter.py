@@ -159,8 +159,11 @@ class TrainingPlan:
         return (h @ pair.b.t().to(x.dtype)) * part.adapter.scaling
 
     def _mask(self, part: PlanPart, linear: int, x: Tensor) -> Tensor:
-        """The rows' dropout mask, scaled. A function of job, row and linear alone: the recomputation in the backward pass
-        draws the same one, and so does a run in which other jobs share the batch."""
+        """The rows' dropout mask, scaled.
+
+        A function of job, row and linear alone: the recomputation in the backward pass draws the same one, and so does a
+        run in which other jobs share the batch.
+        """
         keep = 1 - part.adapter.dropout
         mask = torch.zeros_like(x)
         for row, (key, length) in enumerate(zip(part.row_keys, part.lengths, strict=True)):

@@ -1,8 +1,8 @@
 """One training micro-step, layer by layer, as a generator: the engine can decode between any two layers.
 
-Forward without a graph, keeping each layer's input; loss on the label positions only; then backward from the last layer,
-recomputing one layer at a time with gradients. Memory is that of full gradient checkpointing, and loss and gradients are
-those of ordinary autograd. The base is never put in training mode and never changed. Engine thread only.
+Forward without a graph, keeping each layer's input; loss on the label positions only; then backward from the last
+layer, recomputing one layer at a time with gradients. Memory is that of full gradient checkpointing, and loss and
+gradients are those of ordinary autograd. The base is never put in training mode and never changed. Engine thread only.
 
 Shapes: `B` rows, `T` tokens of the longest row, `N` label positions of all rows, `V` vocabulary.
 """
@@ -78,7 +78,7 @@ def micro_step(base: BaseModel, parts: Sequence[Part], *, train: bool = True) ->
         reference = yield from _reference_nll(base, packed, parts)
     nll = None
     if reference is not None or not train:
-        # The slope of a pair's loss depends on the whole pair, so dpo looks at all log-likelihoods before it differentiates.
+        # The slope of a pair's loss depends on the whole pair: all log-likelihoods come before any derivative.
         nll, correct = yield from _head_forward(base, selected, packed.targets)
         if not train:
             return _results(packed, parts, nll, correct, reference)
@@ -121,8 +121,15 @@ def _pack(base: BaseModel, parts: Sequence[Part]) -> _Packed:
         plan_parts.append(PlanPart(part.adapter, first, row, part.row_keys, lengths))
         slices.append(slice(began, count))
     positions = torch.arange(width).expand(len(sequences), width)
-    moved = [t.to(base.device) for t in (ids, positions, torch.cat(rows), torch.cat(before), torch.cat(targets))]
-    return _Packed(*moved, plan_parts, slices)
+    return _Packed(
+        ids=ids.to(base.device),
+        positions=positions.to(base.device),
+        rows=torch.cat(rows).to(base.device),
+        before=torch.cat(before).to(base.device),
+        targets=torch.cat(targets).to(base.device),
+        parts=plan_parts,
+        label_slices=slices,
+    )
 
 
 def _forward(
@@ -167,10 +174,14 @@ class _ReferencePlan(TrainingPlan):
         return y
 
 
+def _chunks(t: Tensor) -> list[Tensor]:
+    return [t[i : i + HEAD_CHUNK] for i in range(0, len(t), HEAD_CHUNK)]
+
+
 def _head_forward(base: BaseModel, selected: Tensor, targets: Tensor) -> Generator[None, None, tuple[Tensor, Tensor]]:
     """selected `[N, hidden]` -> negative log-likelihood and whether the target was the most likely, both `[N]`."""
     nll, correct = [], []
-    for chunk, wanted in zip(selected.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+    for chunk, wanted in zip(_chunks(selected), _chunks(targets), strict=True):
         with torch.no_grad():
             logits = base.logits(chunk)
             nll.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -184,9 +195,7 @@ def _head_backward(
 ) -> Generator[None, None, tuple[Tensor, Tensor, Tensor]]:
     """The gradient of sum(weights * nll) by `selected`, in chunks, so that full logits never exist."""
     grads, nll, correct = [], [], []
-    for chunk, wanted, weight in zip(
-        selected.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), weights.split(HEAD_CHUNK), strict=True
-    ):
+    for chunk, wanted, weight in zip(_chunks(selected), _chunks(targets), _chunks(weights), strict=True):
         with torch.enable_grad():
             leaf = chunk.detach().requires_grad_(True)
             logits = base.logits(leaf)
@@ -249,8 +258,8 @@ def _pair_margins(nll: Tensor, reference: Tensor, rows: Tensor, first: int, last
 def _token_weights(packed: _Packed, parts: Sequence[Part], nll: Tensor | None, reference: Tensor | None) -> Tensor:
     """[N] the derivative of the weighted loss by each label token's negative log-likelihood.
 
-    DPO (Rafailov et al., 2023): loss = -log sigmoid(beta * margin), so d loss / d margin = -beta * sigmoid(-beta * margin);
-    the margin falls by the preferred answer's nll and grows by the rejected one's.
+    DPO (Rafailov et al., 2023): loss = -log sigmoid(beta * margin), whose derivative by the margin is
+    -beta * sigmoid(-beta * margin); the margin falls by the preferred answer's nll and grows by the rejected one's.
     """
     weights = torch.empty(len(packed.targets), device=packed.targets.device)
     for part, p, share in zip(parts, packed.parts, packed.label_slices, strict=True):

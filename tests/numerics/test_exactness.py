@@ -1,4 +1,4 @@
-"""Mixed batches on the real engine against PEFT running each adapter alone, token by token (fp32, tiny random Llama)."""
+"""Mixed batches on the real engine against PEFT running each adapter alone, token by token (fp32, random Llama)."""
 
 from __future__ import annotations
 
