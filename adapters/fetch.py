@@ -29,7 +29,7 @@ from adapters.errors import (
     StoreError,
 )
 from adapters.lru import Eviction
-from adapters.manifest import AdapterManifest, FileFact, adapter_digest, blob_key
+from adapters.manifest import AdapterManifest, FileFact, blob_key
 from adapters.refusals import failure_reason
 
 if TYPE_CHECKING:
@@ -125,11 +125,13 @@ class _Load(Generic[H]):
             raise AdapterConfigTooLarge()
         if manifest.weights.num_bytes > limits.max_weights_bytes:
             raise AdapterTooLarge()
-        with self._file(manifest.config) as config, self._file(manifest.weights) as weights:
-            if adapter_digest(config.path.read_bytes(), manifest.weights.sha256) != manifest.digest:
-                raise AdapterDigestMismatch()
-            with self._fetcher.parsing, self._stage("parse"):
-                value = self._fetcher.parse(manifest, config.path, weights.path)
+        with (
+            self._file(manifest.config) as config,
+            self._file(manifest.weights) as weights,
+            self._fetcher.parsing,
+            self._stage("parse"),
+        ):
+            value = self._fetcher.parse(manifest, config.path, weights.path)
         return Loaded(value, self._fetcher.size_of(value), self._tier, dict(self._seconds))
 
     def _file(self, fact: FileFact) -> DiskFile:

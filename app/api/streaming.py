@@ -51,7 +51,7 @@ class JsonPieces:
     """A chunk's unchanging head and tail around what changes."""
 
     def __init__(self, head: Mapping[str, object], *, nulls_usage: bool) -> None:
-        self.head = "data: " + json.dumps(head)[:-1] + ',"choices":['
+        self.head = "data: " + json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":['
         self.tail = '],"usage":null}\n\n' if nulls_usage else "]}\n\n"
 
     def chunk(self, choice: str) -> str:

@@ -403,12 +403,6 @@ def test_bytes_that_stay_wrong_are_a_digest_mismatch_and_never_parsed(bench: Ben
     assert bench.store.calls[weights_key(manifest)] == 2
 
 
-def test_files_that_do_not_make_the_manifests_digest_are_a_mismatch(bench: Bench) -> None:
-    loader, manifest = bench.loader(), bench.publish(b"weights")
-    assert isinstance(ask(loader, replace(manifest, digest="0" * 64))[1], AdapterDigestMismatch)
-    assert bench.parsed == []
-
-
 def test_a_manifest_cannot_ask_for_more_bytes_than_adapters_have(bench: Bench) -> None:
     loader, manifest = bench.loader(limits=LoaderLimits(max_weights_bytes=100)), bench.publish(b"weights")
     huge = replace(manifest, weights=FileFact(manifest.weights.sha256, 101))
