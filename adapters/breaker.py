@@ -37,6 +37,14 @@ class CircuitBreaker:
         with self._lock:
             return self._opened_at is not None
 
+    @property
+    def state(self) -> int:
+        """0 closed, 1 half-open (the next call is a trial, or one is under way), 2 open: as the metric shows it."""
+        with self._lock:
+            if self._opened_at is None:
+                return 0
+            return 1 if self._is_trying or self._clock() - self._opened_at >= self._cool_down_s else 2
+
     def admit(self) -> bool:
         """Return whether a call may be made now."""
         with self._lock:

@@ -79,8 +79,8 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     migrate(database)
     shares = TenantShares()
     tenants = Tenants(database, defaults=default_limits(settings), on_limits=shares.note)
-    metrics_of_store = _Later()
-    store = open_store(settings, on_call=metrics_of_store)
+    store_calls = _Later()
+    store = open_store(settings, on_call=store_calls)
     load_times = LoadTimes()
     disk = DiskTier(data_dir / "adapters", settings.disk_cache_bytes)
     loader: AdapterLoader[HostAdapter] = AdapterLoader(
@@ -105,7 +105,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         load_times,
         is_draining=draining,
         num_stale_served=lambda: catalog.num_stale_served,
-        degraded=lambda: (),
+        breaker=getattr(store, "breaker", None),  # a directory has none
     )
     metrics = Metrics(
         model_name=base.spec.id,
@@ -118,6 +118,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
             "device": base.device.type,
         },
     )
+    store_calls.target = metrics.store_call
     renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
     services = Services(
         engine=engine,
@@ -140,6 +141,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         snapshot=view,
         scratch=_directory(data_dir / "scratch"),
         started_at=int(time.time()),
+        forget_tenant=loader.forget_tenant,
         admin_key=settings.admin_key_text,
         metrics_open=settings.admin_port is not None or is_loopback(settings.host),
         admin_here=settings.admin_port is None,

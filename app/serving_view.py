@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from adapters.breaker import CircuitBreaker
 from adapters.loader import AdapterLoader, LoaderSnapshot
 from adapters.lru import TierStats
 from adapters.weights import HostAdapter
@@ -43,14 +44,14 @@ class ServingView:
         *,
         is_draining: Callable[[], bool],
         num_stale_served: Callable[[], int],
-        degraded: Callable[[], tuple[str, ...]],
+        breaker: CircuitBreaker | None,
     ) -> None:
         self._engine = engine
         self._loader = loader
         self._load_times = load_times
         self._is_draining = is_draining
         self._num_stale_served = num_stale_served
-        self._degraded = degraded
+        self._breaker = breaker
 
     def __call__(self) -> ServingSnapshot:
         engine, loader = self._engine.snapshot, self._loader.snapshot()
@@ -84,7 +85,8 @@ class ServingView:
             num_oom={"decode": steps.out_of_memory},
             prefix_queries=scheduler.prefix_query_tokens,
             prefix_hits=scheduler.prefix_hit_tokens,
-            degraded=self._degraded(),
+            breaker_state=None if self._breaker is None else self._breaker.state,
+            degraded=("s3",) if self._breaker is not None and self._breaker.is_open else (),
         )
 
     def _pool(self) -> TierSnapshot:

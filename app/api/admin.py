@@ -52,6 +52,7 @@ async def erase_tenant(tenant: str, context: ContextDep) -> dict[str, Any]:
             services.engine.unpin((held.tenant, held.digest))
             services.engine.unload((held.tenant, held.digest))
     await context.blocking(services.catalog.erase_tenant, tenant)
+    await context.blocking(services.forget_tenant, tenant)
     return {"id": tenant, "object": "tenant", "deleted": True}
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from adapters.checked import CheckedAdapter
 from adapters.manifest import AdapterManifest, BaseModelSpec
+from app.api.training_services import TrainingServices
 from app.engine.sequence import Event, Request
 from app.metrics import Metrics, ServingSnapshot
 from app.rate_limits import RateLimiter
@@ -164,6 +165,8 @@ class Services:
     snapshot: Callable[[], ServingSnapshot]
     scratch: Path
     started_at: int  # Unix seconds
+    forget_tenant: Callable[[str], None] = lambda tenant: None  # drops an erased tenant's adapters from the caches
+    training: TrainingServices | None = None  # None: no routes for files, jobs and webhooks
     admin_key: str | None = None
     metrics_open: bool = True  # without a key: on loopback
     admin_here: bool = True  # False when the admin port serves /admin and /metrics
