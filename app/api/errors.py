@@ -71,6 +71,7 @@ TABLE: Final[Mapping[type[Exception], Answer]] = {
 STATUS_BY_CODE: Final[Mapping[str, int]] = {
     "adapter_too_large": 413,
     "request_too_large": 413,
+    "file_too_large": 413,
     "unsupported_media_type": 415,
     "not_found": 404,
     "tenant_erased": 410,

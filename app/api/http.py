@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,15 +20,18 @@ from starlette.types import Scope
 from adapters.errors import AdapterError, StoreError
 from app import __version__
 from app.api import adapters as adapter_routes
-from app.api import admin, chat, completions, health, models
+from app.api import admin, chat, completions, file_uploads, files, fine_tuning, health, models, webhooks
 from app.api.auth import require_admin
 from app.api.context import ApiContext
 from app.api.errors import ErrorAnswer, answer_for, answer_for_status, from_validation
 from app.api.middleware import BodyLimit, RequestLog, facts_of
 from app.api.services import Services
 from app.errors import LodgerError
+from app.training.uploads import MAX_PART_BYTES
 
-UPLOAD_PATHS = frozenset({"/v1/adapters", "/v1/adapters/validate"})
+UPLOAD_PATHS = frozenset({"/v1/adapters", "/v1/adapters/validate", "/v1/files"})
+UPLOAD_PART_PATH = re.compile(r"/v1/uploads/[^/]+/parts")
+FORM_BYTES = 1 << 20  # of a multipart body beside its file
 LAG_EVERY_S = 0.5
 
 
@@ -39,6 +43,10 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(models.router)
     app.include_router(adapter_routes.router)
     app.include_router(health.probes)
+    if services.training is not None:
+        app.state.training = services.training
+        for routes in (files, file_uploads, fine_tuning, webhooks):
+            app.include_router(routes.router)
     if services.admin_here:
         app.include_router(health.metrics_router)
         app.include_router(admin.router, dependencies=[Depends(require_admin)])
@@ -64,7 +72,7 @@ def _bare_app(services: Services, *, title: str) -> FastAPI:
         max_bytes=limits.max_body_bytes,
         timeout_s=limits.body_timeout_s,
         is_upload=_is_upload,
-        max_upload_bytes=limits.max_adapter_bytes + limits.max_config_bytes + (1 << 20),
+        max_upload_bytes=_max_upload_bytes(services) + FORM_BYTES,
         upload_timeout_s=limits.upload_timeout_s,
     )
     app.add_middleware(RequestLog, metrics=services.metrics, headers={"x-lodger-base-digest": services.base.digest})
@@ -91,10 +99,18 @@ async def _measure_lag(context: ApiContext) -> None:
         context.services.metrics.loop_lag(max(loop.time() - due, 0.0))
 
 
+def _max_upload_bytes(services: Services) -> int:
+    """Of the largest multipart body that any route takes; each route caps its own parts besides."""
+    limits, training = services.limits, services.training
+    largest_file = 0 if training is None else max(training.files.limits.max_file_bytes, MAX_PART_BYTES)
+    return max(limits.max_adapter_bytes + limits.max_config_bytes, largest_file)
+
+
 def _is_upload(scope: Scope) -> bool:
     """Only multipart bodies of the upload routes may be large."""
     content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
-    return scope["path"] in UPLOAD_PATHS and content_type.lower().startswith(b"multipart/form-data")
+    is_upload_path = scope["path"] in UPLOAD_PATHS or UPLOAD_PART_PATH.fullmatch(scope["path"]) is not None
+    return is_upload_path and content_type.lower().startswith(b"multipart/form-data")
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

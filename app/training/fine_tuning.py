@@ -52,7 +52,6 @@ class JobRequest:
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     publish: PublishOptions = field(default_factory=PublishOptions)
-    integrations: tuple[Mapping[str, Any], ...] = ()
     metadata: Mapping[str, str] | None = None
     idempotency_key: str | None = None
     is_retry: bool = False
@@ -127,7 +126,6 @@ class FineTuning:
             training=request.training,
             publish=publish,
             parent=None if parent is None else asdict(parent),
-            integrations=request.integrations,
         )
 
     def _pinned(self, tenant: str, file_id: str | None, param: str) -> PinnedFile | None:

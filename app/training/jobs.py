@@ -185,12 +185,10 @@ class JobStore:
             rows, more = job_rows.page(connection, query, jobs.c.seq, after=start, limit=limit, asc=False)
             return Page(tuple(map(job_rows.job_of, rows)), more)
 
-    def queue_position(self, job: Job) -> int | None:
-        """1 for the job that is claimed next; None for one that does not wait."""
-        if job.status is not JobStatus.QUEUED:
-            return None
+    def queue_positions(self) -> dict[str, int]:
+        """Of every queued job: 1 for the one that is claimed next, and so on."""
         with reading(self._engine) as connection:
-            return queue_positions(connection).get(job.id)
+            return queue_positions(connection)
 
     def events(
         self, tenant: str, job_id: str, *, after: str | None = None, limit: int = 20, asc: bool = False

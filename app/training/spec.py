@@ -91,7 +91,6 @@ class JobSpec:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     publish: PublishOptions = field(default_factory=PublishOptions)
     parent: Mapping[str, Any] | None = None  # an AdapterManifest's fields when the job continues from an adapter
-    integrations: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def files(self) -> tuple[PinnedFile, ...]:
@@ -115,7 +114,6 @@ class JobSpec:
             "lora": LoraOptions(**lora),
             "training": TrainingOptions(**body["training"]),
             "publish": PublishOptions(**publish),
-            "integrations": tuple(body["integrations"]),
         }
         return cls(**{**body, **nested})
 
