@@ -23,6 +23,7 @@ from app.errors import ContextLengthExceeded, RequestInvalid
 from app.model_names import AdapterName, BaseModelName, FineTunedName, model_not_found, parse_model_name
 from app.tenants import Caller, TenantLimits
 
+FINE_TUNED_MODEL = "fine_tuned_model"  # in a manifest's `extra`: the id that training gave the version
 INLINE_CHARS = 4096  # shorter prompts are tokenized where they are: a thread hop costs more
 
 
@@ -62,7 +63,7 @@ def find_fine_tuned(catalog: CatalogPort, name: FineTunedName) -> AdapterManifes
     """The version that training published under this id; it says so in its manifest."""
     for summary in catalog.list(name.tenant):
         for manifest in catalog.versions(name.tenant, summary.name):
-            if manifest.extra.get("fine_tuned_model") == name.id:
+            if manifest.extra.get(FINE_TUNED_MODEL) == name.id:
                 return manifest
     raise AdapterNotFound()
 

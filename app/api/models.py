@@ -9,9 +9,10 @@ from fastapi import APIRouter
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest
 from app.api.adapter_objects import delete_named, model_object
-from app.api.answering import resolve_model
+from app.api.answering import FINE_TUNED_MODEL, resolve_model
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep, FactsDep
+from app.api.services import CatalogPort
 from app.errors import RequestInvalid
 from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
 
@@ -21,15 +22,8 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """The base first, then the caller's adapters by bare name, then fine-tuned ids."""
-    summaries = await context.blocking(context.services.catalog.list, caller.tenant)
-    data = [base_object(context)]
-    fine_tuned: list[dict[str, Any]] = []
-    for summary in summaries:
-        data.append(model_object(summary.name, summary.live, summary.aliases, owner=caller.tenant))
-        live = summary.live
-        if live is not None and "fine_tuned_model" in live.extra:
-            fine_tuned.append(model_object(live.extra["fine_tuned_model"], live, summary.aliases, owner=caller.tenant))
-    return {"object": "list", "data": data + fine_tuned}
+    data = [base_object(context), *await context.blocking(adapter_objects, context.services.catalog, caller.tenant)]
+    return {"object": "list", "data": data}
 
 
 @router.get("/v1/models/{model:path}")
@@ -61,6 +55,20 @@ async def delete_model(model: str, caller: CallerDep, context: ContextDep) -> di
     except AdapterNotFound:
         raise model_not_found(model) from None
     return {"id": model, "object": "model", "deleted": True}
+
+
+def adapter_objects(catalog: CatalogPort, tenant: str) -> list[dict[str, Any]]:
+    """A tenant's adapters by name, and the id of every version that training made; blocks."""
+    by_name, fine_tuned = [], []
+    for summary in catalog.list(tenant):
+        by_name.append(model_object(summary.name, summary.live, summary.aliases, owner=tenant))
+        if summary.live is None or FINE_TUNED_MODEL not in summary.live.extra:
+            continue  # spares a look at each version of what was uploaded
+        for manifest in catalog.versions(tenant, summary.name):
+            model = manifest.extra.get(FINE_TUNED_MODEL)
+            if model is not None:
+                fine_tuned.append(model_object(model, manifest, summary.aliases, owner=tenant))
+    return by_name + fine_tuned
 
 
 def base_object(context: ApiContext) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import openai
 import pytest
 
-from tests.api.serving import Serving
+from tests.adapter_files import config_bytes
+from tests.api.serving import Serving, weights_bytes
 
 
 def test_base_comes_first_then_the_callers_own_adapters(serving: Serving) -> None:
@@ -64,6 +66,37 @@ def test_foreign_model_equals_an_absent_one_also_when_its_owner_uses_it(serving:
         assert answers(theirs) == answers(nobodys)
         assert {status for status, _ in answers(theirs)} == {404}
     assert serving.openai("globex").models.retrieve("secret").id == "secret"
+
+
+def test_own_adapter_never_answers_for_another_tenants_of_the_same_name(serving: Serving) -> None:
+    serving.publish("acme", "support")
+    serving.publish("globex", "support", seed=1)
+    unique = f"ft:{serving.base}:globex::aB3dE6gH"
+    for name in ("globex/support", "globex/support@v1", unique):
+        with pytest.raises(openai.NotFoundError):
+            serving.openai().models.retrieve(name)
+        with pytest.raises(openai.NotFoundError):
+            serving.openai().models.delete(name)
+    assert serving.openai().models.retrieve("acme/support").id == "acme/support"
+
+
+def test_fine_tuned_ids_are_listed_last_and_name_one_version_for_ever(serving: Serving, tmp_path: Path) -> None:
+    ids = [f"ft:{serving.base}:acme:bot:aB3dE6g{i}" for i in range(2)]
+    for i, model in enumerate(ids):
+        path = tmp_path / f"{i}.safetensors"
+        path.write_bytes(weights_bytes(i))
+        extra = {"fine_tuned_model": model}
+        serving.services.catalog.publish("acme", "bot", config_bytes(), path, source="training", extra=extra)
+    client = serving.openai()
+    assert [model.id for model in client.models.list()] == [serving.base, "bot", *ids]
+    for version, model in enumerate(ids, start=1):
+        answer = client.completions.create(model=model, prompt="x")
+        assert answer.model == f"bot@v{version}"
+        assert client.models.retrieve(f"acme/{model}").adapter["version"] == version
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=f"{ids[0]}:ckpt-step-5", prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        serving.openai("globex").completions.create(model=ids[0], prompt="x")
 
 
 def test_own_adapter_is_deleted_and_gone(serving: Serving) -> None:
