@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters.aliases import Aliases
+from adapters.catalog_names import check_names, version_of
 from adapters.checked import DoorLimits
 from adapters.door import check_adapter, check_base
 from adapters.errors import (
@@ -29,17 +31,17 @@ from adapters.listing import AdapterSummary, summarize_adapters
 from adapters.manifest import (
     DEFAULT_ALIAS,
     TENANT_PATTERN,
-    VERSION_PATTERN,
     AdapterManifest,
     BaseModelSpec,
     is_adapter_name,
-    is_alias,
 )
 from adapters.publish import Facts, Publisher
 from adapters.records import AdapterRecord, AliasRevision, Records
 from adapters.remembered import Lifetimes, Reading, Remembered
 from adapters.retire import Retirer
 from adapters.store import BlobStore
+
+logger = logging.getLogger(__name__)
 
 RECHECK_S = 1.0  # how old a listing may be that denies a version or alias of an adapter which is there
 
@@ -147,7 +149,7 @@ class AdapterCatalog:
         record = self._adapters.peek((tenant, name))
         if record is None or (record.has_directory and self._importer.verdict(record) is None):
             return None
-        version = _version_of(selector)
+        version = version_of(selector)
         if version is None:
             version = self._records.kept_target(record, selector or DEFAULT_ALIAS)
         manifest = None if version is None else self._records.kept_manifest(record, version)
@@ -174,7 +176,7 @@ class AdapterCatalog:
 
     def alias_history(self, tenant: str, name: str, alias: str = DEFAULT_ALIAS) -> Revisions:
         """Every entry of an alias, oldest first. Raises AdapterNotFound if it never was."""
-        _check_names(tenant, name, self._base, alias)
+        check_names(tenant, name, self._base, alias)
         with _store_errors_translated():
             history = self._records.history(tenant, name, alias)
             if not history:
@@ -202,7 +204,7 @@ class AdapterCatalog:
         With a `job_id` it may be repeated: the same job has one version, and a repeat does what a crash left undone.
         Raises AdapterRefused, AdapterNameInvalid, AdapterUnavailable; AdapterConflict for an erased tenant.
         """
-        _check_names(tenant, name, self._base, alias)
+        check_names(tenant, name, self._base, alias)
         checked = self._check(config, weights, self._base, self._limits)
         facts = Facts(source, renderer_digest=renderer_digest, parent=parent, job_id=job_id, extra=extra or {})
         with _store_errors_translated(), self._changing(tenant, name):
@@ -213,7 +215,7 @@ class AdapterCatalog:
 
     def import_directory(self, tenant: str, name: str) -> AdapterManifest | None:
         """Import the plain directory of that name now, if it has changed; None when there is none."""
-        _check_names(tenant, name, self._base)
+        check_names(tenant, name, self._base)
         with _store_errors_translated(), self._changing(tenant, name):
             record = self._records.read(tenant, name)
             return self._importer.bring_in(record) if record.has_directory else None
@@ -225,7 +227,7 @@ class AdapterCatalog:
 
         With `expected` only if it points to that one now (0: to none), else AdapterConflict. Raises AdapterNotFound.
         """
-        _check_names(tenant, name, self._base, alias)
+        check_names(tenant, name, self._base, alias)
 
         with _store_errors_translated(), self._changing(tenant, name):
             self._aliases.set(tenant, name, alias, version, expected)
@@ -235,7 +237,7 @@ class AdapterCatalog:
 
         Raises AdapterNotFound without such an alias, AdapterConflict when there is nothing to go back to.
         """
-        _check_names(tenant, name, self._base, alias)
+        check_names(tenant, name, self._base, alias)
 
         with _store_errors_translated(), self._changing(tenant, name):
             version = self._aliases.roll_back(tenant, name, alias)
@@ -243,7 +245,7 @@ class AdapterCatalog:
 
     def delete_alias(self, tenant: str, name: str, alias: str) -> None:
         """Raises AdapterNotFound."""
-        _check_names(tenant, name, self._base, alias)
+        check_names(tenant, name, self._base, alias)
         with _store_errors_translated(), self._changing(tenant, name):
             if not self._aliases.delete(tenant, name, alias):
                 raise AdapterNotFound()
@@ -252,13 +254,13 @@ class AdapterCatalog:
 
     def delete_version(self, tenant: str, name: str, version: int) -> None:
         """Raises AdapterNotFound, and AdapterConflict while an alias points to the version. Its number stays used."""
-        _check_names(tenant, name, self._base)
+        check_names(tenant, name, self._base)
         with _store_errors_translated(), self._changing(tenant, name):
             self._retirer.delete_version(tenant, name, version)
 
     def delete(self, tenant: str, name: str) -> None:
         """Delete an adapter: its plain directory, aliases and versions. Raises AdapterNotFound."""
-        _check_names(tenant, name, self._base)
+        check_names(tenant, name, self._base)
         with _store_errors_translated(), self._changing(tenant, name):
             self._retirer.delete_adapter(tenant, name)
 
@@ -328,26 +330,10 @@ class AdapterCatalog:
         return reading
 
     def _select(self, record: AdapterRecord, selector: str | None) -> AdapterManifest | None:
-        version = _version_of(selector)
+        version = version_of(selector)
         if version is None:
             version = self._records.target(record, selector or DEFAULT_ALIAS)
         return self._records.manifest(record, version) if version in record.versions else None
-
-
-def _version_of(selector: str | None) -> int | None:
-    return int(selector[1:]) if selector is not None and VERSION_PATTERN.fullmatch(selector) else None
-
-
-def _check_names(tenant: str, name: str, base: BaseModelSpec, alias: str | None = None) -> None:
-    if TENANT_PATTERN.fullmatch(tenant) is None:
-        raise AdapterNameInvalid("There can be no such tenant.", param="tenant")
-    if not is_adapter_name(name) or name == base.id:
-        raise AdapterNameInvalid(param="name")
-    if alias is not None and not is_alias(alias):
-        raise AdapterNameInvalid(
-            "An alias is 1 to 31 characters of a-z, 0-9 and dash, begins with a letter and looks like no version.",
-            param="alias",
-        )
 
 
 @contextlib.contextmanager
@@ -356,4 +342,5 @@ def _store_errors_translated() -> Iterator[None]:
     try:
         yield
     except StoreError as exc:
+        logger.warning("the adapter store failed", extra={"action": "store_failed", "error": str(exc)})
         raise AdapterUnavailable("The adapter store cannot be used now. Try again shortly.") from exc

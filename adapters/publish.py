@@ -35,11 +35,6 @@ class Facts:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def erased_key(tenant: str) -> str:
-    """The tombstone of an erased tenant, whose id is never used again."""
-    return f"{tenant_prefix(tenant)}erased"
-
-
 def collecting_key(tenant: str, sha256: str) -> str:
     """Present while a collector looks whether the blob is still needed, and until it is gone if not."""
     return f"{tenant_prefix(tenant)}collecting/{sha256}"
@@ -54,7 +49,7 @@ class Publisher:
 
     def publish(self, tenant: str, name: str, checked: CheckedAdapter, weights: Path, facts: Facts) -> AdapterManifest:
         """Store a version, or return the one that these facts' job or directory has already become."""
-        self.refuse_erased(tenant)
+        self._records.refuse_erased(tenant)
         record = self._records.read(tenant, name)
         found = self._find_own(record, facts)
         if found is not None:
@@ -69,19 +64,12 @@ class Publisher:
         for file, data in files:
             self._settle(tenant, file, data)
         try:
-            self.refuse_erased(tenant)
+            self._records.refuse_erased(tenant)
         except AdapterConflict:  # the eraser passed while we wrote: take our own objects away again
             for key in (version_key(tenant, name, manifest.version), *(blob_key(tenant, f.sha256) for f, _ in files)):
                 self._store.delete(key)
             raise
         return manifest
-
-    def refuse_erased(self, tenant: str) -> None:
-        try:
-            self._store.head(erased_key(tenant))
-        except ObjectNotFound:
-            return
-        raise AdapterConflict("This tenant was erased. Its id is not used again.", code="tenant_erased")
 
     def _draft(self, tenant: str, name: str, checked: CheckedAdapter, facts: Facts) -> AdapterManifest:
         extra = dict(facts.extra)

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
-from adapters.errors import AdapterDigestMismatch, AdapterNotFound, ObjectNotFound
+from adapters.errors import AdapterConflict, AdapterDigestMismatch, AdapterNotFound, ObjectNotFound
 from adapters.manifest import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -113,6 +113,11 @@ def tombstone_key(tenant: str, name: str, version: int) -> str:
     return version_key(tenant, name, version).removesuffix("json") + "deleted"
 
 
+def erased_key(tenant: str) -> str:
+    """The tombstone of an erased tenant, whose id is never used again."""
+    return f"{tenant_prefix(tenant)}erased"
+
+
 def parse_record(tenant: str, name: str, objects: Iterable[ObjectInfo]) -> AdapterRecord:
     """Sort an adapter's objects, listed by key, into a record. What fits no pattern is none of ours."""
     prefix = adapter_prefix(tenant, name)
@@ -133,6 +138,10 @@ def parse_record(tenant: str, name: str, objects: Iterable[ObjectInfo]) -> Adapt
         elif "/" not in rest:
             files[rest] = info
     return AdapterRecord(tenant, name, manifests, frozenset(deleted), revisions, files)
+
+
+def tenant_erased() -> AdapterConflict:
+    return AdapterConflict("This tenant was erased. Its id is not used again.", code="tenant_erased")
 
 
 class Records:
@@ -219,6 +228,7 @@ class Records:
         """Append what `decide(record, newest entry)` says, or nothing when it says None.
 
         Whoever loses the race for a sequence number looks again and decides again. `decide` leaves `seq` to us.
+        Raises AdapterConflict for an erased tenant.
         """
         tried: set[str] = set()
         while True:
@@ -232,7 +242,11 @@ class Records:
             tried.add(decided.write_id)
             seq = 1 if newest is None else newest.seq + 1
             decided = replace(decided, seq=seq)
-            if self._store.put_if_absent(alias_key(tenant, name, alias, seq), decided.to_json()):
+            key = alias_key(tenant, name, alias, seq)
+            if self._store.put_if_absent(key, decided.to_json()):
+                if self.is_erased(tenant):  # the eraser passed while we wrote
+                    self._store.delete(key)
+                    raise tenant_erased()
                 return decided
 
     def kept_target(self, record: AdapterRecord, alias: str) -> int | None:
@@ -252,6 +266,13 @@ class Records:
             return [read(item) for item in items]
         with ThreadPoolExecutor(min(NUM_READERS, len(items)), "records") as readers:
             return list(readers.map(read, items))
+
+    def is_erased(self, tenant: str) -> bool:
+        return bool(self._find(erased_key(tenant)))
+
+    def refuse_erased(self, tenant: str) -> None:
+        if self.is_erased(tenant):
+            raise tenant_erased()
 
     def forget_tenant(self, tenant: str) -> None:
         prefix = tenant_prefix(tenant)

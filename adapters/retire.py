@@ -22,8 +22,8 @@ from adapters.manifest import (
     canonical_json,
     tenant_prefix,
 )
-from adapters.publish import collecting_key, erased_key
-from adapters.records import AdapterRecord, Records, tombstone_key
+from adapters.publish import collecting_key
+from adapters.records import AdapterRecord, Records, erased_key, tombstone_key
 from adapters.store import BlobStore
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,8 @@ class Retirer:
             with contextlib.suppress(StoreDenied):
                 for sha256 in mine:
                     self._store.delete(collecting_key(tenant, sha256))
+        if self._records.is_erased(tenant):  # the eraser may have passed before our tombstones were written
+            self.erase_tenant(tenant)
 
     def _named_blobs(self, tenant: str) -> set[str]:
         named: set[str] = set()

@@ -54,7 +54,7 @@ class ObjectInfo:
 # Named, since inside a class with a method `list` the word no longer means the type.
 ObjectInfos = list[ObjectInfo]
 Names = list[str]
-_Entries = list[tuple[str, bool]]
+_Entries = list[tuple[str, os.stat_result | None]]
 
 
 class BlobStore(Protocol):
@@ -139,7 +139,7 @@ def open_local(path: Path) -> BinaryIO:
 
 def probe_create_only(store: BlobStore) -> list[str]:
     """Return why `store` cannot be published to: the create-only write is what keeps two writers apart."""
-    first, second = b"first", b"second"
+    first, second = uuid.uuid4().bytes, uuid.uuid4().bytes
     try:
         store.put_if_absent(PROBE_KEY, first)
         if store.put_if_absent(PROBE_KEY, second) or store.get(PROBE_KEY, max_bytes=64) == second:
@@ -214,7 +214,7 @@ class DirectoryStore:
     def list_dirs(self, prefix: str) -> Names:
         check_prefix(prefix)
         with _translating():
-            names = sorted(name for name, is_dir in self._entries(prefix) if is_dir)
+            names = sorted(name for name, status in self._entries(prefix) if status is None)
             return [name for name in names if next(self._walk(f"{prefix}{name}/", b""), None) is not None]
 
     def delete(self, key: str) -> None:
@@ -302,26 +302,26 @@ class DirectoryStore:
                     raise ObjectKeyInvalid("Something else stands where the object belongs.") from exc
 
     def _entries(self, prefix: str) -> _Entries:
-        """(name, is directory) right below `prefix`, in the order of the keys that they stand for."""
+        """What lies right below `prefix`, in the order of the keys that it stands for: name, and None or its status."""
         found: _Entries = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / prefix) as entries:
+        with contextlib.suppress(ObjectNotFound), self._leaf(f"{prefix}x") as (fd, _), os.scandir(fd) as entries:
             for entry in entries:
                 is_dir = entry.is_dir(follow_symlinks=False)
                 if (is_dir or entry.is_file(follow_symlinks=False)) and is_key(prefix + entry.name):
-                    found.append((entry.name, is_dir))
+                    with contextlib.suppress(FileNotFoundError):  # deleted since it was seen
+                        found.append((entry.name, None if is_dir else entry.stat(follow_symlinks=False)))
         # A directory's keys begin with its name and a slash, which is how S3 orders them among their neighbours.
-        return sorted(found, key=lambda item: (item[0] + "/" if item[1] else item[0]).encode())
+        return sorted(found, key=lambda item: (f"{item[0]}/" if item[1] is None else item[0]).encode())
 
     def _walk(self, prefix: str, after: bytes) -> Iterator[ObjectInfo]:
-        for name, is_dir in self._entries(prefix):
+        for name, status in self._entries(prefix):
             key = prefix + name
-            if is_dir:
+            if status is None:
                 below = f"{key}/".encode()
                 if below > after or after.startswith(below):
                     yield from self._walk(f"{key}/", after)
             elif key.encode() > after:
-                with contextlib.suppress(ObjectNotFound):  # deleted since it was seen
-                    yield self.head(key)
+                yield _info(key, status)
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:

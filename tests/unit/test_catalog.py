@@ -18,6 +18,11 @@ from adapters.manifest import BaseModelSpec, version_key
 from tests.catalog_lab import BASE, Lab
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapters.store.os.fsync", lambda fd: None)
+
+
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
     return Lab(tmp_path)
