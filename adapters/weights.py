@@ -85,6 +85,18 @@ def pack_host_adapter(
     return HostAdapter(key, key[1], rank, modules, block.nbytes)
 
 
+def read_pairs(checked: CheckedAdapter, weights: Path) -> dict[str, LoraPair]:
+    """Read the factors of the file that `checked` describes, unscaled and in fp32, by module path: to go on training.
+
+    Raises AdapterDigestMismatch when the file is shorter than it was at the door.
+    """
+    with weights.open("rb") as file:
+        return {
+            module.path: LoraPair(_read(file, module.a).float(), _read(file, module.b).float(), module.scaling)
+            for module in checked.modules
+        }
+
+
 def _allocate(num_elements: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     return torch.empty(num_elements, dtype=dtype, device="cpu", pin_memory=pin_memory)
 

@@ -1,0 +1,436 @@
+"""One job from claim to published adapter, as a flat generator: set up, steps, measuring, gate, publish.
+
+It yields between micro-steps and while other threads read and write for it (see `work`). Whatever it does can be done
+again: a run that is killed at any point and continued elsewhere ends with the same weights and the same one version.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from adapters.errors import AdapterRefused, AdapterUnavailable, StoreError
+from adapters.store import BlobStore
+from app.engine.base_model import BaseModel
+from app.errors import ServerBusy
+from app.training.batching import micro_batches
+from app.training.checkpoint import Progress, StateStore, pack
+from app.training.evaluate import GreedySampler, HeldOut, bare_base, eos_rate, measure, sample_prompts
+from app.training.fine_tuning import FineTuning
+from app.training.gate import GateFacts, Verdict, judge, start_and_end
+from app.training.job import JobError, JobNotFound, StaleFence, StepMetrics, Succeeded
+from app.training.job_thread import JobThread
+from app.training.micro_step import PartResult
+from app.training.prepare import DataRefused
+from app.training.publish import AdapterOutput, PackedAdapter
+from app.training.report import Reporter, write_result_file
+from app.training.setting_up import UNTRAINED_DPO_LOSS, Trainee, fixed_adapter, set_up
+from app.training.watchdog import has_diverged
+from app.training.work import (
+    Compute,
+    Interrupted,
+    OutOfMemory,
+    PauseWanted,
+    ShutdownWanted,
+    Steps,
+    part_of,
+    wait,
+)
+from app.training.work_queue import ClaimedJob
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MIN_MICRO_BATCH_TOKENS = 32
+NUM_VALID_POINTS = 20  # times in a run that a small validation batch is measured
+VALID_BATCH = 8  # examples of it
+
+
+@dataclass(frozen=True, slots=True)
+class Workroom:
+    """What all jobs of a process share."""
+
+    base: BaseModel
+    fine_tuning: FineTuning
+    output: AdapterOutput
+    sampler: GreedySampler
+    store: BlobStore
+    scratch: Path
+    micro_batch_tokens: int  # of a micro-step, padding counted; fixed, since another cut rounds differently
+    state_every_s: float = 60.0  # between two durable states; each epoch ends with one anyway
+    clock: Callable[[], float] = time.monotonic
+
+
+class JobFailed(Exception):
+    """The job cannot go on, for a reason that its owner is told."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.error = JobError(code, message)
+
+
+class Diverged(Exception):
+    """Loss or gradients went astray in the last step."""
+
+
+class JobRun:
+    """One claimed job in this process. `steps` is its life; `may_interrupt` says whether it may be thrown into now."""
+
+    def __init__(self, room: Workroom, claim: ClaimedJob, thread: JobThread, scratch: Path) -> None:
+        self._room, self._claim, self._thread, self._scratch = room, claim, thread, scratch
+        self._queue, self._job = room.fine_tuning.queue, claim.job
+        self._states = StateStore(room.store, claim.job.tenant, claim.id, scratch=scratch)
+        self._reporter = Reporter(self._queue, claim, thread)
+        self._trainee: Trainee | None = None
+        self._saving: Future[None] | None = None
+        self._saved_at = room.clock()
+        self.may_interrupt = True
+
+    @property
+    def tenant(self) -> str:
+        return self._job.tenant
+
+    @property
+    def progress(self) -> Progress:
+        return self._t.progress
+
+    # ---- the main line
+
+    def steps(self) -> Steps[None]:
+        """Run the job until it is over, paused or given back."""
+        try:
+            try:
+                yield from self._work()
+            finally:
+                self.may_interrupt = False
+        except JobFailed as failed:
+            yield from self._call(self._queue.fail, self._claim, failed.error)
+            yield from self._call(self._states.clear)
+        except DataRefused as refused:
+            error = JobError(refused.code, str(refused), refused.param)
+            yield from self._call(self._queue.fail, self._claim, error, data=refused.findings.to_dict())
+        except ShutdownWanted:
+            yield from self._call(self._queue.release, self._claim)
+        except PauseWanted:
+            if not (yield from self._call(self._queue.paused, self._claim)):
+                yield from self._call(self._queue.release, self._claim)
+        except StaleFence:
+            yield from self._call(self._drop)
+        except (StoreError, ServerBusy, AdapterUnavailable) as exc:
+            logger.warning("job given back", extra={"action": "job_given_back", "job": self._claim.id}, exc_info=exc)
+            yield from self._call(self._queue.release, self._claim)
+        except Exception as exc:
+            logger.exception("job failed", extra={"action": "job_failed", "job": self._claim.id})
+            message = f"Training failed inside the server ({type(exc).__name__}). Quote {self._claim.id}."
+            yield from self._call(self._queue.fail, self._claim, JobError("server_error", message))
+
+    def _work(self) -> Steps[None]:
+        self._trainee = yield from set_up(self._room, self._claim, self._thread, self._states, self._scratch)
+        while True:
+            try:
+                yield from self._train()
+                packed, verdict = yield from self._judge()
+                break
+            except OutOfMemory:
+                yield from self._shrink()
+            except Diverged:
+                yield from self._roll_back()
+            except Interrupted:
+                self.may_interrupt = False
+                self._t.adapter.clear_gradients()
+                yield from self._save(wait_for_it=True)
+                raise
+        self.may_interrupt = False
+        yield from self._publish(packed, verdict)
+
+    def _train(self) -> Steps[None]:
+        t, progress = self._t, self._t.progress
+        if progress.base_loss is None and t.held_out is not None:
+            yield from self._measure_base(t.held_out)
+        if not t.is_durable:
+            yield from self._save()
+            t.is_durable = True
+        while True:
+            if progress.settled_step < progress.step:
+                yield from self._settle()
+            if progress.step >= t.config.total_steps or progress.is_stopped_early:
+                break
+            yield from self._step()
+            if self._room.clock() - self._saved_at >= self._room.state_every_s:
+                yield from self._save()
+        yield from self._reporter.drain()
+
+    # ---- one step
+
+    def _step(self) -> Steps[None]:
+        """One optimizer step: gradients of all its micro-batches, then AdamW."""
+        t, progress = self._t, self._t.progress
+        positions = t.order.batch(progress.step)
+        units = len(positions) if t.config.beta is not None else int(t.sizes.labels[positions].sum())
+        t.adapter.clear_gradients()
+        results: list[PartResult] = []
+        for batch in micro_batches(positions, t.sizes, max_tokens=progress.micro_batch_tokens):
+            part = part_of(
+                t.adapter,
+                t.examples,
+                batch,
+                weight=1 / units,
+                step=progress.step,
+                beta=t.config.beta,
+                reference=t.reference,
+            )
+            results.append((yield Compute(part, train=True)))
+        loss = sum(result.loss for result in results)
+        taken = t.optimizer.step(progress.step)
+        if has_diverged(progress, loss, taken.grad_norm, vocab_size=self._room.base.shapes.vocab_size):
+            raise Diverged
+        progress.step += 1
+        progress.trained_tokens += sum(result.num_labels for result in results)
+        progress.total_tokens += sum(result.num_tokens for result in results)
+        progress.pending = {
+            "train_loss": loss,
+            "train_mean_token_accuracy": sum(r.num_correct for r in results) / sum(r.num_units for r in results),
+            "learning_rate": taken.rate,
+            "grad_norm": taken.grad_norm,
+        }
+
+    def _settle(self) -> Steps[None]:
+        """What follows a step: measure where it is due, report, list a checkpoint, stop early."""
+        t, progress = self._t, self._t.progress
+        step = progress.step
+        is_epoch_end = step % t.order.steps_per_epoch == 0 or step == t.config.total_steps
+        metrics = dict(progress.pending)
+        if t.held_out is not None:
+            metrics |= yield from self._validate(t.held_out, is_epoch_end=is_epoch_end)
+        measured = StepMetrics(step=step, **metrics)
+        self._reporter.add(measured)
+        if is_epoch_end:
+            yield from self._reporter.drain()
+            yield from self._list_checkpoint(measured)
+            yield from self._consider_stopping()
+        progress.settled_step, progress.pending = step, {}
+        if is_epoch_end:
+            yield from self._save()
+
+    def _validate(self, held_out: HeldOut, *, is_epoch_end: bool) -> Steps[dict[str, float]]:
+        t, progress = self._t, self._t.progress
+        metrics: dict[str, float] = {}
+        step, budget = progress.step, progress.micro_batch_tokens
+        is_full = is_epoch_end or (t.config.eval_every is not None and step % t.config.eval_every == 0)
+        if is_full or step % max(1, t.config.total_steps // NUM_VALID_POINTS) == 0:
+            few = [(step * VALID_BATCH + i) % len(held_out) for i in range(min(VALID_BATCH, len(held_out)))]
+            small = yield from measure(t.adapter, held_out, max_tokens=budget, positions=few)
+            metrics |= {"valid_loss": small.loss, "valid_mean_token_accuracy": small.accuracy}
+        if is_full:
+            full = yield from measure(t.adapter, held_out, max_tokens=budget)
+            metrics |= {"full_valid_loss": full.loss, "full_valid_mean_token_accuracy": full.accuracy}
+            if progress.best_loss is None or full.loss < progress.best_loss:
+                progress.best_loss, progress.best_step = full.loss, step
+                t.keep_best()
+        return metrics
+
+    def _consider_stopping(self) -> Steps[None]:
+        t, progress = self._t, self._t.progress
+        if t.held_out is None or progress.best_step is None or progress.step >= t.config.total_steps:
+            return
+        is_better = progress.best_step > progress.step - t.order.steps_per_epoch
+        progress.epochs_without_better = 0 if is_better else progress.epochs_without_better + 1
+        patience = t.config.early_stop_patience
+        if patience and progress.epochs_without_better >= patience:
+            progress.is_stopped_early = True
+            message = f"Stopped early at step {progress.step}: {patience} epochs without a better validation loss"
+            yield from self._call(self._queue.record_event, self._claim, message)
+
+    def _list_checkpoint(self, measured: StepMetrics) -> Steps[None]:
+        """Make the adapter of this moment promptable."""
+        packed = yield from self._packed(f"step-{measured.step}", best=False)
+        yield from self._call(self._room.output.keep, packed)
+        self._room.output.warm(packed)
+        manifest = asdict(packed.manifest)
+        yield from self._call(self._queue.add_checkpoint, self._claim, measured, manifest)
+
+    # ---- when something goes wrong
+
+    def _shrink(self) -> Steps[None]:
+        """Memory ran out: halve the micro-batches and make the step again."""
+        progress = self._t.progress
+        self._t.adapter.clear_gradients()
+        if progress.micro_batch_tokens <= MIN_MICRO_BATCH_TOKENS:
+            message = (
+                f"Memory ran out at step {progress.step + 1} with one example at a time. "
+                "Lower 'training.max_seq_length' or 'lora.rank'."
+            )
+            raise JobFailed("out_of_memory", message)
+        progress.micro_batch_tokens //= 2
+        message = f"Memory ran out: a micro-batch now holds at most {progress.micro_batch_tokens} tokens"
+        yield from self._call(self._queue.record_event, self._claim, message, level="warn")
+
+    def _roll_back(self) -> Steps[None]:
+        """Go back to the last good state, once."""
+        progress, failed_at = self._t.progress, self._t.progress.step + 1
+        if progress.num_rollbacks:
+            message = (
+                f"The loss went astray at step {failed_at}, again after going back. Lower the learning rate "
+                "multiplier, or look for examples that contradict each other."
+            )
+            raise JobFailed("nan_loss", message)
+        if self._saving is not None:
+            yield from wait(self._saving)
+        durable = yield from self._call(self._states.read_newest, first=self._states.newest)
+        if durable is None:
+            raise JobFailed(
+                "nan_loss", f"The loss went astray at step {failed_at}, and there is no state to go back to."
+            )
+        self._t.restore(durable)
+        self._t.progress.num_rollbacks = 1
+        message = f"The loss went astray at step {failed_at}; went back to step {self._t.progress.step}"
+        yield from self._call(self._queue.record_event, self._claim, message, level="warn")
+        yield from self._save()
+
+    def _drop(self) -> None:
+        """The job is no longer ours: another worker's, or over. In the job's thread."""
+        logger.info("job dropped", extra={"action": "job_dropped", "job": self._claim.id})
+        try:
+            is_over = self._room.fine_tuning.jobs.get(self._job.tenant, self._claim.id).status.is_over
+        except JobNotFound:
+            is_over = True
+        if is_over:
+            self._states.clear()
+
+    # ---- durable states
+
+    def _save(self, *, wait_for_it: bool = False) -> Steps[None]:
+        """Write a durable state of the last whole step; training goes on meanwhile unless told to wait."""
+        if self._saving is not None:
+            yield from wait(self._saving)
+        t = self._t
+        groups: dict[str, Mapping[str, Any]] = {"adapter": t.factors(), "optimizer": t.optimizer.state()}
+        if t.best and t.progress.best_step != t.progress.step:
+            groups["best"] = t.best
+        self._saving = self._thread.call(self._write_state, pack(t.progress, groups))
+        self._saved_at = self._room.clock()
+        if wait_for_it:
+            yield from wait(self._saving)
+
+    def _write_state(self, state: Any) -> None:
+        name = self._states.write(state, fence=self._claim.fence)
+        self._queue.save_state(self._claim, int(state.progress["step"]), {"name": name})
+        self._states.prune(name)
+
+    # ---- its end
+
+    def _measure_base(self, held_out: HeldOut) -> Steps[None]:
+        progress = self._t.progress
+        if held_out.beta is not None:  # it is its own reference: every margin is zero
+            progress.base_loss, progress.base_accuracy = UNTRAINED_DPO_LOSS, 0.0
+            return
+        base = yield from measure(bare_base(), held_out, max_tokens=progress.micro_batch_tokens)
+        progress.base_loss, progress.base_accuracy = base.loss, base.accuracy
+
+    def _packed(self, name: str, *, best: bool) -> Steps[PackedAdapter]:
+        t, job = self._t, self._job
+        facts: dict[str, Any] = {"training": t.config.to_dict(), "data": [file.sha256 for file in job.spec.files]}
+        facts["step"] = t.progress.best_step if best and t.best else t.progress.step
+        pairs = t.exported(self._room.base.lora.paths, best=best)
+        try:
+            packed: PackedAdapter = yield from self._call(
+                self._room.output.pack, job, t.config, pairs, facts, self._scratch / name
+            )
+        except AdapterRefused as exc:
+            raise JobFailed("nan_loss", f"The trained adapter cannot be used: {exc.message}") from exc
+        return packed
+
+    def _judge(self) -> Steps[tuple[PackedAdapter, Verdict]]:
+        """Measure the final adapter against the base and against what its alias points to now."""
+        t, job, progress = self._t, self._job, self._t.progress
+        packed = yield from self._packed("final", best=True)
+        self._room.output.warm(packed)
+        facts: dict[str, Any] = {}
+        live = yield from self._call(self._room.output.current, job)
+        rival = None
+        if live is not None and live.job_id != job.id:  # else an earlier attempt of ours has moved it already
+            rival = fixed_adapter(
+                self._room.base, (yield from self._call(self._room.output.fetch, live, self._scratch))
+            )
+            facts["live_version"] = live.version
+        budget = progress.micro_batch_tokens
+        if t.held_out is not None:
+            facts |= {"loss": progress.best_loss, "base_loss": progress.base_loss}
+            if rival is not None:
+                facts["live_loss"] = (yield from measure(rival, t.held_out, max_tokens=budget)).loss
+        else:
+            losses = yield from self._call(self._train_losses)
+            facts["train_loss_start"], facts["train_loss_end"] = start_and_end(losses)
+        if t.regression is not None:
+            other = rival if rival is not None else bare_base()
+            facts["regression_loss"] = (yield from measure(t.final_adapter(), t.regression, max_tokens=budget)).loss
+            facts["regression_live_loss"] = (yield from measure(other, t.regression, max_tokens=budget)).loss
+        facts |= yield from self._sample(packed)
+        publish = job.spec.publish
+        verdict = judge(GateFacts(**facts), min_improvement=publish.min_improvement, hold=publish.hold)
+        return packed, verdict
+
+    def _sample(self, packed: PackedAdapter) -> Steps[dict[str, float | None]]:
+        """How often greedy answers end by themselves; the base is asked only where the adapter's never do."""
+        t, sampler = self._t, self._room.sampler
+        shown = t.held_out.examples if t.held_out is not None else t.examples
+        prompts, max_tokens = sample_prompts(shown, max_context=self._room.base.shapes.max_context)
+        answers = yield from wait(sampler.start(self.tenant, packed.manifest, prompts, max_tokens=max_tokens))
+        rates = {"eos_rate": eos_rate(answers), "base_eos_rate": None}
+        if rates["eos_rate"] == 0:
+            answers = yield from wait(sampler.start(self.tenant, None, prompts, max_tokens=max_tokens))
+            rates["base_eos_rate"] = eos_rate(answers)
+        return rates
+
+    def _train_losses(self) -> list[float]:
+        metrics = self._room.fine_tuning.jobs.metrics(self._claim.id)
+        return [values["train_loss"] for _, values in metrics if "train_loss" in values]
+
+    def _publish(self, packed: PackedAdapter, verdict: Verdict) -> Steps[None]:
+        """Blobs and manifest, then the alias, then `succeeded`. Every step may be repeated by whoever comes next."""
+        t, job, output, alias = self._t, self._job, self._room.output, self._job.spec.publish.alias
+        yield from self._save(wait_for_it=True)
+        yield from self._call(self._queue.begin_publish, self._claim)
+        manifest = yield from self._call(output.publish, job, packed, alias=None)
+        try:
+            yield from self._call(self._queue.check, self._claim)
+        except StaleFence:
+            if (yield from self._call(self._is_cancelled)):
+                yield from self._call(output.retract, manifest)
+            raise
+        if verdict.passed:
+            manifest = yield from self._call(output.publish, job, packed, alias=alias)
+        yield from self._call(output.warm, output.published(packed, manifest), with_files=True)
+        result_file = yield from self._call(write_result_file, self._room.fine_tuning, job, self._scratch)
+        done = Succeeded(
+            adapter_version=manifest.version,
+            trained_tokens=t.progress.trained_tokens,
+            total_tokens=t.progress.total_tokens,
+            result_file=result_file,
+            gate=verdict.to_dict(),
+        )
+        yield from self._call(self._queue.succeed, self._claim, done)
+        logger.info("job succeeded", extra={"action": "job_succeeded", "job": job.id, "adapter": manifest.label})
+        yield from self._call(self._states.clear)
+
+    def _is_cancelled(self) -> bool:
+        job = self._room.fine_tuning.jobs.get(self._job.tenant, self._claim.id)
+        return job.status.is_over and job.adapter_version is None
+
+    # ---- within
+
+    @property
+    def _t(self) -> Trainee:
+        assert self._trainee is not None
+        return self._trainee
+
+    def _call(self, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Steps[T]:
+        """Run something that blocks in the job's own thread."""
+        return (yield from wait(self._thread.call(run, *args, **kwargs)))

@@ -1,0 +1,329 @@
+"""Trains in the engine's spare time: takes jobs from the queue and runs them a quantum at a time, several in turns.
+
+Three kinds of threads: the engine's calls `quantum` (all torch work), one side thread claims and validates jobs and
+takes back those of lost workers, and each job has one for its blocking calls. The engine's waits for none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.errors import ServerBusy
+from app.training.heartbeat import Heartbeat
+from app.training.job import StaleFence
+from app.training.job_thread import JobThread
+from app.training.micro_step import PartResult, micro_step
+from app.training.reaper import Reaper
+from app.training.run import JobRun, Workroom
+from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ShutdownWanted, Wait, Work
+from app.training.work_queue import ClaimedJob, Signal
+
+logger = logging.getLogger(__name__)
+
+MAX_JOBS = 4  # at work at once in one process: each holds its training state in memory
+POLL_S = 0.5  # between two looks for new jobs
+SWEEPS_PER_LEASE = 4
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """A claimed job at work here. The engine thread's, but for its heart and thread."""
+
+    run: JobRun
+    heart: Heartbeat
+    thread: JobThread
+    scratch: tempfile.TemporaryDirectory[str]
+    steps: Generator[Work, Any, None]
+    wants: Work | None = None  # what the generator waits for; None before its first step
+    tokens: int = 0  # trained or measured here: whose turn it is
+
+    @property
+    def is_ready(self) -> bool:
+        return not isinstance(self.wants, Wait) or self.wants.future.done()
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A micro-step under way and the jobs in it."""
+
+    members: list[_Active]
+    steps: Generator[None, None, list[PartResult]]
+
+
+class Trainer:
+    """A `TrainingStepper`. `start` and `close` belong to the process; the rest is the engine thread's."""
+
+    def __init__(
+        self,
+        room: Workroom,
+        *,
+        worker: str,
+        lease_s: float,
+        wake: Callable[[], object],
+        max_jobs: int = MAX_JOBS,
+        poll_s: float = POLL_S,
+    ) -> None:
+        """`worker`: this process's name in the jobs table. `wake` makes a sleeping engine look again; any thread."""
+        self._room, self._worker, self._lease_s, self._wake = room, worker, lease_s, wake
+        self._max_jobs, self._poll_s = max_jobs, poll_s
+        self._arrivals: queue.SimpleQueue[_Active] = queue.SimpleQueue()
+        self._leaving: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
+        self._active: list[_Active] = []
+        self._shared: _Shared | None = None
+        self._num_claimed = 0  # guarded by _claim_lock
+        self._claim_lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._seek, name="training-claims", daemon=True),
+            threading.Thread(target=self._validate, name="training-validation", daemon=True),
+            threading.Thread(target=self._bid_farewell, name="training-farewell", daemon=True),
+        ]
+        self.num_out_of_memory = 0
+        self.num_micro_steps = 0
+        self.num_joint_parts = 0  # parts that shared a micro-step with others
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def num_active(self) -> int:
+        """Jobs at work here; any thread."""
+        with self._claim_lock:
+            return self._num_claimed
+
+    # ---- the engine thread
+
+    def has_work(self) -> bool:
+        """True while a quantum would do something. Does not block."""
+        return self._shared is not None or not self._arrivals.empty() or any(job.is_ready for job in self._active)
+
+    def quantum(self) -> None:
+        """One layer of a micro-step, or one job's own next step. A job's faults end that job alone."""
+        while not self._arrivals.empty():
+            self._active.append(self._arrivals.get())
+        if self._shared is not None:
+            self._advance(self._shared)
+            return
+        self._interrupt_where_asked()
+        ready = sorted((job for job in self._active if job.is_ready), key=self._turn)
+        moving = next((job for job in ready if not isinstance(job.wants, Compute)), None)
+        if moving is not None:
+            self._resume(moving)
+        elif ready:
+            self._begin(ready)
+
+    def _turn(self, job: _Active) -> tuple[int, int]:
+        """Tenants by what they got, then their jobs likewise."""
+        tenant = job.run.tenant
+        return sum(other.tokens for other in self._active if other.run.tenant == tenant), job.tokens
+
+    def _begin(self, ready: list[_Active]) -> None:
+        """Start a micro-step for the first job, and let others of its kind come along as far as there is room."""
+        members, rows, width = [ready[0]], *_size(ready[0])
+        for job in ready[1:]:
+            more, other = _size(job)
+            if _may_share(ready[0], job) and (rows + more) * max(width, other) <= self._room.micro_batch_tokens:
+                members.append(job)
+                rows, width = rows + more, max(width, other)
+        wanted = [_compute(job) for job in members]
+        steps = micro_step(self._room.base, [one.part for one in wanted], train=wanted[0].train)
+        self._shared = _Shared(members, steps)
+        self.num_micro_steps += 1
+        if len(members) > 1:
+            self.num_joint_parts += len(members)
+        self._advance(self._shared)
+
+    def _advance(self, shared: _Shared) -> None:
+        try:
+            next(shared.steps)
+        except StopIteration as end:
+            self._shared = None
+            for job, result in zip(shared.members, end.value, strict=True):
+                job.tokens += result.num_tokens
+                self._resume(job, result)
+        except Exception as exc:
+            self._shared = None
+            out_of_memory = _is_out_of_memory(exc)
+            if not out_of_memory:
+                logger.exception("micro-step failed", extra={"action": "micro_step_failed"})
+            self.num_out_of_memory += out_of_memory
+            for job in shared.members:
+                self._throw(job, OutOfMemory() if out_of_memory else exc)
+            if out_of_memory and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _resume(self, job: _Active, result: PartResult | None = None) -> None:
+        """Give a job what it waited for."""
+        wants = job.wants
+        if not isinstance(wants, Wait):
+            self._drive(job, lambda: job.steps.send(result))
+            return
+        error = wants.future.exception()
+        if error is not None:
+            self._throw(job, error)
+        else:
+            self._drive(job, lambda: job.steps.send(wants.future.result()))
+
+    def _throw(self, job: _Active, error: BaseException) -> None:
+        self._drive(job, lambda: job.steps.throw(error))
+
+    def _drive(self, job: _Active, step: Callable[[], Work]) -> None:
+        try:
+            job.wants = step()
+        except StopIteration:
+            self._let_go(job)
+        except (StaleFence, Interrupted):
+            logger.info("job dropped", extra={"action": "job_dropped"})
+            self._let_go(job)
+        except Exception as exc:
+            # Even saying so failed: the heart stops, and the reaper gives the job to somebody else.
+            logger.error("job lost", extra={"action": "job_lost"}, exc_info=exc)
+            self._let_go(job)
+
+    def _interrupt_where_asked(self) -> None:
+        """Between micro-steps: tell jobs that were cancelled, taken away or paused, or that the process ends."""
+        for job in list(self._active):
+            if not job.run.may_interrupt or job.wants is None:
+                continue
+            try:
+                job.heart.check()
+            except StaleFence as stale:
+                job.run.may_interrupt = False
+                self._throw(job, stale)
+                continue
+            if self._stop.is_set():
+                job.run.may_interrupt = False
+                self._throw(job, ShutdownWanted())
+            elif job.heart.signal is Signal.PAUSE:
+                job.run.may_interrupt = False
+                self._throw(job, PauseWanted())
+
+    def _let_go(self, job: _Active) -> None:
+        self._active.remove(job)
+        job.steps.close()
+        self._leaving.put(job)
+
+    # ---- side threads
+
+    def _seek(self) -> None:
+        """Claim jobs while there is room for them, and take back those of silent workers."""
+        reaper = Reaper(self._room.fine_tuning.queue, lease_s=self._lease_s)
+        looks = max(1, int(self._lease_s / SWEEPS_PER_LEASE / self._poll_s))
+        since = 0
+        while not self._stop.is_set():
+            try:
+                if since % looks == 0:
+                    reaper.sweep()
+                since += 1
+                claim = self._room.fine_tuning.queue.claim(self._worker) if self._has_room() else None
+                if claim is not None:
+                    self._take(claim)
+                    continue
+            except ServerBusy:
+                logger.warning("queue not reached", extra={"action": "queue_unreachable"})
+            except Exception:
+                logger.exception("claiming failed", extra={"action": "claim_failed"})
+            self._stop.wait(self._poll_s)
+
+    def _has_room(self) -> bool:
+        return self.num_active < self._max_jobs
+
+    def _take(self, claim: ClaimedJob) -> None:
+        with self._claim_lock:
+            self._num_claimed += 1
+        thread = JobThread(claim.id, self._wake_up)
+        scratch = tempfile.TemporaryDirectory(dir=self._room.scratch, prefix="training-")
+        heart = Heartbeat(self._room.fine_tuning.queue, claim, lease_s=self._lease_s)
+        heart.__enter__()
+        run = JobRun(self._room, claim, thread, Path(scratch.name))
+        self._arrivals.put(_Active(run, heart, thread, scratch, run.steps()))
+        extra = {"action": "job_claimed", "job": claim.id, "tenant": claim.job.tenant, "fence": claim.fence}
+        logger.info("job claimed", extra=extra)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        self._wake()
+
+    def _validate(self) -> None:
+        """Read new jobs' files; each may take minutes and must hold up no claim."""
+        while not self._stop.is_set():
+            try:
+                if self._room.fine_tuning.validate_next(self._worker):
+                    continue
+            except Exception:
+                logger.exception("validation failed", extra={"action": "validation_failed"})
+            self._stop.wait(self._poll_s)
+
+    def _bid_farewell(self) -> None:
+        """End the hearts and threads of jobs that are through: both may wait for a database."""
+        while (job := self._leaving.get()) is not None:
+            job.heart.__exit__(None, None, None)
+            job.thread.close()
+            job.scratch.cleanup()
+            with self._claim_lock:
+                self._num_claimed -= 1
+
+    # ---- the end of the process
+
+    def close(self, timeout_s: float = 20.0) -> None:
+        """Write durable states and give all jobs back. Only once the engine thread has ended: this one takes over."""
+        self._stop.set()
+        for thread in self._threads[:2]:
+            if thread.is_alive():
+                thread.join(timeout_s)
+        while not self._arrivals.empty():
+            self._active.append(self._arrivals.get())
+        self._shared = None  # gradients that were being summed up are made again by whoever continues
+        for job in list(self._active):
+            job.thread.hurry()
+            if job.wants is None:  # claimed and not begun
+                job.wants = job.steps.send(None)
+        self._interrupt_where_asked()
+        while self._active:
+            job = self._active[0]
+            if isinstance(job.wants, Wait):
+                try:
+                    job.wants.future.exception(timeout=timeout_s)
+                except TimeoutError:
+                    self._let_go(job)  # the lease will run out
+                    continue
+                self._resume(job)
+            else:
+                self._let_go(job)
+        self._leaving.put(None)
+        if self._threads[2].is_alive():
+            self._threads[2].join(timeout_s)
+
+
+def _compute(job: _Active) -> Compute:
+    assert isinstance(job.wants, Compute)
+    return job.wants
+
+
+def _size(job: _Active) -> tuple[int, int]:
+    """Rows and width of the micro-step that a job wants."""
+    wanted = _compute(job)
+    return wanted.num_rows, wanted.width
+
+
+def _may_share(one: _Active, other: _Active) -> bool:
+    """Measuring goes with measuring; and a preference step makes a second pass that others need not pay for."""
+    a, b = _compute(one), _compute(other)
+    return a.train == b.train and (a.part.beta is None) == (b.part.beta is None)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CPUs say it in words of their own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
