@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.manifest import BaseModelSpec
 from app.training.dataset_rows import Method
-from app.training.prepare import PrepareOptions
+from app.training.fitting import PrepareOptions
 from app.training.spec import Init, JobSpec, OnLong, Schedule, TrainOn
 
 BASE_RATE = 2e-4

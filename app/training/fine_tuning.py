@@ -22,10 +22,11 @@ from app.training.dataset import DatasetLimits
 from app.training.dataset_rows import Method
 from app.training.examples import Examples
 from app.training.files import TRAINING_PURPOSE, FileStore
+from app.training.fitting import TrainingRenderer
 from app.training.heartbeat import Heartbeat
 from app.training.job import Job, JobError, StaleFence
 from app.training.jobs import JobStore, NewJob
-from app.training.prepare import DataRefused, TrainingRenderer, TrainingSet, prepare, read_examples
+from app.training.prepare import DataRefused, TrainingSet, prepare, read_examples
 from app.training.spec import Hyperparameters, JobSpec, LoraOptions, PinnedFile, PublishOptions, TrainingOptions
 from app.training.work_queue import ClaimedJob, WorkQueue
 

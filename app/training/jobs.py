@@ -32,8 +32,8 @@ from app.training.job import (
     new_unique_id,
 )
 from app.training.job_rows import Page
+from app.training.queue_rows import queue_positions
 from app.training.spec import JobSpec
-from app.training.work_queue import queue_positions
 
 IDEMPOTENCY_S = 24 * 3600.0
 MERGE_RETRIES_S = 60.0

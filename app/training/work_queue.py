@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ from app.training.job import (
     model_name,
     new_id,
 )
-from app.training.turns import Waiting, claim_order
+from app.training.queue_rows import count_turn, unclaimed
+from app.training.turns import claim_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ class WorkQueue:
 
     def _claim(self, worker: str, status: JobStatus) -> ClaimedJob | None:
         with writing(self._engine) as connection:
-            for waiting in claim_order(**_queue(connection, status)):
+            for waiting in claim_order(**unclaimed(connection, status)):
                 job = job_rows.load(connection, waiting.id)
                 if job is None or job.status is not status or job.worker is not None:
                     continue  # somebody else was faster
@@ -90,7 +90,7 @@ class WorkQueue:
                 else:
                     taken = self._start(connection, job, claim)
                 if taken:
-                    _count_turn(connection, job.tenant)
+                    count_turn(connection, job.tenant)
                     claimed = job_rows.load(connection, job.id)
                     assert claimed is not None
                     return ClaimedJob(claimed, claimed.fence)
@@ -318,32 +318,6 @@ class WorkQueue:
     def _require(self, written: bool) -> None:
         if not written:
             raise StaleFence
-
-
-def _queue(connection: Connection, status: JobStatus) -> dict[str, Any]:
-    """What `claim_order` asks for: unclaimed jobs of `status`, jobs at work per tenant, last turns."""
-    jobs, turns = tables.jobs, tables.turns
-    free = (jobs.c.status == status.value) & jobs.c.worker.is_(None)
-    rows = connection.execute(sa.select(jobs.c.id, jobs.c.tenant, jobs.c.priority, jobs.c.seq).where(free))
-    busy = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.worker.is_not(None))).scalars()
-    served = connection.execute(sa.select(turns.c.tenant, turns.c.turn))
-    return {
-        "waiting": [Waiting(*row) for row in rows],
-        "running": Counter(busy),
-        "turns": {tenant: turn for tenant, turn in served},
-    }
-
-
-def queue_positions(connection: Connection) -> dict[str, int]:
-    """1 for the job that is claimed next, and so on."""
-    order = claim_order(**_queue(connection, JobStatus.QUEUED))
-    return {waiting.id: place for place, waiting in enumerate(order, start=1)}
-
-
-def _count_turn(connection: Connection, tenant: str) -> None:
-    turns = tables.turns
-    latest = connection.execute(sa.select(sa.func.max(turns.c.turn))).scalar() or 0
-    connection.execute(sa.update(turns).where(turns.c.tenant == tenant).values(turn=latest + 1))
 
 
 def _durable_step(job: Job) -> int:

@@ -16,7 +16,8 @@ import pytest
 from app.training.dataset import DatasetLimits, EncodingCheck, FileFault, read_rows, split_lines
 from app.training.dataset_rows import Method
 from app.training.findings import MAX_KEPT, FindingLog
-from app.training.prepare import DataRefused, PrepareOptions, TrainingSet, prepare
+from app.training.fitting import PrepareOptions
+from app.training.prepare import DataRefused, TrainingSet, prepare
 from tests.byte_renderer import END, ByteRenderer
 
 GOOD = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}
