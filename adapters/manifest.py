@@ -120,6 +120,12 @@ class AdapterManifest:
         body = json.loads(data)
         if body.pop("schema", None) != 1:
             raise ValueError("unknown manifest schema")
+        return cls.from_dict(body)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> AdapterManifest:
+        """The manifest whose `dataclasses.asdict`, perhaps through JSON, `fields` are. Raises KeyError or TypeError."""
+        body = dict(fields)
         body["config"], body["weights"] = FileFact(**body["config"]), FileFact(**body["weights"])
         if body.get("import_etags") is not None:
             body["import_etags"] = tuple(body["import_etags"])

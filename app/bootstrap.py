@@ -22,6 +22,7 @@ from adapters.manifest import AdapterManifest, BaseModelSpec
 from adapters.weights import HostAdapter, load_host_adapter
 from app import __version__
 from app.api.services import ApiLimits, Services
+from app.api.training_services import TrainingServices
 from app.chat import Renderer
 from app.database import migrate, open_database
 from app.engine.assembly import EngineConfig, assemble_engine
@@ -37,6 +38,7 @@ from app.settings import Settings
 from app.storage import default_limits, door_limits, open_store
 from app.tenant_shares import TenantShares
 from app.tenants import Tenants
+from app.training_side import Parts, TrainingSide, build_training
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,11 @@ class Server:
     disk: DiskTier
     catalog: AdapterCatalog
     services: Services
+    training: TrainingSide
 
     def close(self) -> None:
         self.engine.stop()
+        self.training.close()
         self.loader.close()
         self.disk.close()
 
@@ -120,6 +124,9 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     )
     store_calls.target = metrics.store_call
     renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
+    scratch = _directory(data_dir / "scratch")
+    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
+    training = build_training(parts, trains=settings.training == "auto")
     services = Services(
         engine=engine,
         text=renderer,
@@ -139,15 +146,17 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         ),
         metrics=metrics,
         snapshot=view,
-        scratch=_directory(data_dir / "scratch"),
+        scratch=scratch,
         started_at=int(time.time()),
         forget_tenant=loader.forget_tenant,
         admin_key=settings.admin_key_text,
         metrics_open=settings.admin_port is not None or is_loopback(settings.host),
         admin_here=settings.admin_port is None,
+        training=TrainingServices(training.fine_tuning, training.uploads, training.permissions, training.webhooks),
     )
     engine.start()
-    return Server(settings, base, engine, loader, disk, catalog, services)
+    training.start()
+    return Server(settings, base, engine, loader, disk, catalog, services, training)
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None] | None = None) -> int:

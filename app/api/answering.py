@@ -17,7 +17,7 @@ from app.api.context import ApiContext
 from app.api.generation import Generation, Plan
 from app.api.middleware import RequestFacts
 from app.api.schemas import GenerationBody
-from app.api.services import CatalogPort
+from app.api.services import Services
 from app.api.streaming import ChunkFormat, DisconnectWatch, EventStream
 from app.errors import ContextLengthExceeded, RequestInvalid
 from app.model_names import AdapterName, BaseModelName, FineTunedName, model_not_found, parse_model_name
@@ -44,7 +44,7 @@ async def resolve_model(context: ApiContext, caller: Caller, model: str) -> Adap
         raise model_not_found(model)
     try:
         if isinstance(name, FineTunedName):
-            return await context.blocking(find_fine_tuned, services.catalog, name)
+            return await context.blocking(find_fine_tuned, services, name)
         return await resolve_adapter(context, caller.tenant, name)
     except (AdapterNotFound, AdapterNameInvalid):
         raise model_not_found(model) from None
@@ -59,8 +59,14 @@ async def resolve_adapter(context: ApiContext, tenant: str, name: AdapterName) -
     return await context.blocking(catalog.resolve, tenant, name.name, name.selector)
 
 
-def find_fine_tuned(catalog: CatalogPort, name: FineTunedName) -> AdapterManifest:
-    """The version that training published under this id; it says so in its manifest."""
+def find_fine_tuned(services: Services, name: FineTunedName) -> AdapterManifest:
+    """The version that training published under this id, which its manifest carries, or a checkpoint of a job."""
+    catalog = services.catalog
+    known = None if services.training is None else services.training.jobs.find_model(name.id)
+    if known is not None and known.manifest is not None:
+        return AdapterManifest.from_dict(known.manifest)
+    if known is not None and known.adapter_version is not None:
+        return catalog.resolve(known.tenant, known.adapter_name, f"v{known.adapter_version}")
     for summary in catalog.list(name.tenant):
         for manifest in catalog.versions(name.tenant, summary.name):
             if manifest.extra.get(FINE_TUNED_MODEL) == name.id:

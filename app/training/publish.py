@@ -24,18 +24,18 @@ from adapters.manifest import (
     AdapterConfig,
     AdapterManifest,
     BaseModelSpec,
-    FileFact,
     blob_key,
 )
 from adapters.peft_format import peft_config_json, write_weights
 from adapters.store import BlobStore
 from adapters.weights import HostAdapter, LoraPair, load_host_adapter, read_pairs
 from app.training.config import TrainingConfig
-from app.training.job import Job
+from app.training.job import Job, model_name
 
 logger = logging.getLogger(__name__)
 
 SOURCE = "training"
+FINE_TUNED_MODEL = "fine_tuned_model"  # in a manifest's `extra`: the immutable id by which clients name the version
 
 
 class HostTier(Protocol):
@@ -116,7 +116,7 @@ class AdapterOutput:
             renderer_digest=self._renderer_digest,
             parent=_parent_digest(job),
             job_id=job.id,
-            extra=dict(facts),
+            extra={**facts, FINE_TUNED_MODEL: model_name(self._base.id, job)},
         )
 
     def warm(self, packed: PackedAdapter, *, with_files: bool = False) -> None:
@@ -183,13 +183,7 @@ class AdapterOutput:
 
 def parent_of(job: Job) -> AdapterManifest | None:
     """The adapter version that the job continues from."""
-    if job.spec.parent is None:
-        return None
-    body = dict(job.spec.parent)
-    body["config"], body["weights"] = FileFact(**body["config"]), FileFact(**body["weights"])
-    if body.get("import_etags") is not None:
-        body["import_etags"] = tuple(body["import_etags"])
-    return AdapterManifest(**body)
+    return None if job.spec.parent is None else AdapterManifest.from_dict(job.spec.parent)
 
 
 def _parent_digest(job: Job) -> str | None:

@@ -1,0 +1,190 @@
+"""The training half of the composition root: names the concrete classes of files, jobs, webhooks and the trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from adapters.catalog import AdapterCatalog
+from adapters.checked import DoorLimits
+from adapters.loader import AdapterLoader
+from adapters.manifest import AdapterManifest
+from adapters.store import BlobStore
+from adapters.weights import HostAdapter
+from app.chat import Renderer
+from app.engine.base_model import BaseModel
+from app.engine.engine import Engine
+from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
+from app.settings import Settings
+from app.training.config import TrainableBase
+from app.training.evaluate import GreedySampler
+from app.training.files import FileLimits, FileStore
+from app.training.fine_tuning import FineTuning
+from app.training.jobs import JobStore
+from app.training.permissions import Permissions
+from app.training.publish import FINE_TUNED_MODEL, AdapterOutput
+from app.training.run import Workroom
+from app.training.trainer import Trainer
+from app.training.uploads import UploadStore
+from app.training.webhooks import Webhooks
+from app.training.work_queue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+# Tokens of one micro-step, padding counted. On a CPU a product of 512 rows is as fast per row as a larger one, and a
+# quantum of it still lets serving go first in time; on a GPU smaller ones would leave it idle.
+MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+CHORES_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the training side shares with serving."""
+
+    settings: Settings
+    base: BaseModel
+    engine: Engine
+    loader: AdapterLoader[HostAdapter]
+    catalog: AdapterCatalog
+    store: BlobStore
+    database: sa.Engine
+    renderer: Renderer
+    limits: DoorLimits
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class TrainingSide:
+    """Jobs, files, webhooks, and the trainer where this process has one."""
+
+    fine_tuning: FineTuning
+    uploads: UploadStore
+    permissions: Permissions
+    webhooks: Webhooks
+    trainer: Trainer | None
+    chores: Chores
+
+    def start(self) -> None:
+        if self.trainer is not None:
+            self.trainer.start()
+        self.chores.start()
+
+    def close(self) -> None:
+        """After the engine has stopped."""
+        if self.trainer is not None:
+            self.trainer.close()
+        self.chores.close()
+
+
+class Chores:
+    """What has to be done now and then, by any process: send webhooks, drop what has expired."""
+
+    def __init__(self, acts: tuple[Callable[[], object], ...], *, every_s: float = CHORES_EVERY_S) -> None:
+        self._acts, self._every_s = acts, every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chores", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(self._every_s)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._every_s):
+            for act in self._acts:
+                try:
+                    act()
+                except Exception:  # the next round may have more luck
+                    logger.exception("chore failed", extra={"action": "chore_failed"})
+
+
+def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
+    """Wire it; `trains` says whether this process's engine works on jobs."""
+    settings, base = parts.settings, parts.base
+    limits = FileLimits(settings.max_file_bytes, settings.max_upload_bytes)
+    files = FileStore(parts.database, parts.store, limits=limits)
+    fine_tuning = FineTuning(
+        JobStore(parts.database),
+        WorkQueue(parts.database, base_id=base.spec.id),
+        files,
+        base=trainable_base(base, settings.max_rank),
+        renderer=parts.renderer,
+        resolve_model=model_resolver(parts.catalog, base.spec.id),
+        scratch=parts.scratch,
+        lease_s=settings.job_lease_s,
+    )
+    uploads = UploadStore(parts.database, parts.store, files, scratch=parts.scratch)
+    webhooks = Webhooks(parts.database)
+    trainer = build_trainer(parts, fine_tuning) if trains else None
+    parts.engine.trainer = trainer
+    chores = Chores((webhooks.deliver_due, files.sweep, uploads.sweep))
+    return TrainingSide(fine_tuning, uploads, Permissions(parts.database), webhooks, trainer, chores)
+
+
+def build_trainer(parts: Parts, fine_tuning: FineTuning) -> Trainer:
+    base, engine = parts.base, parts.engine
+    output = AdapterOutput(
+        base=base.spec,
+        dtype=base.dtype,
+        catalog=parts.catalog,
+        store=parts.store,
+        host=parts.loader,
+        limits=parts.limits,
+        renderer_digest=parts.renderer.digest,
+        pin_memory=base.device.type == "cuda",
+    )
+    room = Workroom(
+        base=base,
+        fine_tuning=fine_tuning,
+        output=output,
+        sampler=GreedySampler(engine, eos_ids=parts.renderer.eos_ids, max_context=base.shapes.max_context),
+        store=parts.store,
+        scratch=parts.scratch,
+        micro_batch_tokens=MICRO_BATCH_TOKENS[base.device.type],
+    )
+    worker = f"{socket.gethostname()}-{os.getpid()}"
+    wake = lambda: engine.call(lambda: None)
+    return Trainer(room, worker=worker[:128], lease_s=parts.settings.job_lease_s, wake=wake)
+
+
+def trainable_base(base: BaseModel, max_rank: int) -> TrainableBase:
+    shapes = base.shapes
+    return TrainableBase(
+        base.spec,
+        max_context=shapes.max_context,
+        hidden_size=shapes.hidden_size,
+        num_layers=shapes.num_layers,
+        vocab_size=shapes.vocab_size,
+        max_rank=max_rank,
+        compute_bytes=base.dtype.itemsize,
+    )
+
+
+def model_resolver(catalog: AdapterCatalog, base_id: str) -> Callable[[str, str], AdapterManifest | None]:
+    """What a job's `model` stands for: None is the base, else the adapter version to continue from."""
+
+    def resolve(tenant: str, model: str) -> AdapterManifest | None:
+        name = parse_model_name(model, base_id)
+        if isinstance(name, BaseModelName):
+            return None
+        if name.tenant not in (None, tenant):
+            raise model_not_found(model)
+        if isinstance(name, AdapterName):
+            return catalog.resolve(tenant, name.name, name.selector)
+        for summary in catalog.list(tenant):
+            for manifest in catalog.versions(tenant, summary.name):
+                if manifest.extra.get(FINE_TUNED_MODEL) == name.id:
+                    return manifest
+        raise model_not_found(model)
+
+    return resolve
