@@ -123,12 +123,11 @@ class Metrics:
         snapshot: Callable[[], ServingSnapshot],
         max_context: int = 8192,
         build: Mapping[str, str] | None = None,
-        routes: Iterable[str] = (),
     ) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series per child, read by nobody
         self.registry = CollectorRegistry(auto_describe=False)
         self._model = model_name
-        self._make_request_metrics(tuple(routes))
+        self._make_request_metrics()
         self._make_vllm_metrics(max_context)
         info = Gauge(
             "lodger_build_info",
@@ -141,13 +140,11 @@ class Metrics:
         self._lora_changed_at, self._lora_last = time.time(), ("", "")
         self.registry.register(_SnapshotCollector(snapshot, model_name))
 
-    def _make_request_metrics(self, routes: tuple[str, ...]) -> None:
+    def _make_request_metrics(self) -> None:
         registry = self.registry
         self._requests = Counter(
             "lodger_requests_total", "HTTP requests answered.", ("route", "outcome", "code"), registry=registry
         )
-        for route in routes:
-            self._requests.labels(route, "ok", "")
         self._rejected = Counter(
             "lodger_requests_rejected_total", "Requests refused before any work.", ("reason",), registry=registry
         )
@@ -219,6 +216,11 @@ class Metrics:
         )
         for reason in FINISH_REASONS:
             self._success.labels(self._model, reason)
+
+    def expect_routes(self, routes: Iterable[str]) -> None:
+        """Create each route's series at 0, so that `rate()` sees the first request."""
+        for route in routes:
+            self._requests.labels(route, "ok", "")
 
     def request_finished(self, route: str, outcome: str, code: str) -> None:
         """One HTTP request is answered; `route` is a template from our own routes, `code` from the error table."""

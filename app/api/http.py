@@ -50,6 +50,7 @@ def create_app(services: Services) -> FastAPI:
     if services.admin_here:
         app.include_router(health.metrics_router)
         app.include_router(admin.router, dependencies=[Depends(require_admin)])
+    services.metrics.expect_routes(path for route in app.routes if (path := getattr(route, "path", None)))
     return app
 
 

@@ -79,7 +79,8 @@ def test_what_a_sequence_never_reached_is_not_observed() -> None:
 
 
 def test_closed_labels_exist_at_zero_from_the_start() -> None:
-    metrics = make(routes=("/v1/chat/completions",))
+    metrics = make()
+    metrics.expect_routes(["/v1/chat/completions"])
     for reason in ("queue_full", "tenant_rate", "draining"):
         assert value(metrics, "lodger_requests_rejected_total", reason=reason) == 0
     assert value(metrics, "lodger_requests_total", route="/v1/chat/completions", outcome="ok", code="") == 0
