@@ -216,7 +216,9 @@ class Settings(BaseSettings):
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
         given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
         config = given.get("config") or os.environ.get(PREFIX + "CONFIG")
-        return (*sources, TomlConfigSettingsSource(settings_cls, toml_file=Path(config).expanduser())) if config else sources
+        if config:
+            sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=Path(config).expanduser()))
+        return sources
 
     @field_validator("data_dir", "config", mode="after")
     @classmethod
