@@ -249,6 +249,9 @@ def _load_quantized(snapshot: Path, dtype: torch.dtype, device: torch.device) ->
                 parameter.data = parameter.data.to(dtype)
             continue
         module.compute_dtype, module.compute_type_is_set = dtype, True
+        # What the values are rounded to when they are unpacked. The snapshot says bf16, and bitsandbytes heeds it where
+        # there are gradients and not where there are none: in fp32, training would see other weights than serving.
+        module.weight.quant_state.dtype = dtype
         if device.type == "cpu":
             parent, leaf = name.rsplit(".", 1)
             setattr(loaded.get_submodule(parent), leaf, DequantizedLinear(module, dtype))
