@@ -38,19 +38,16 @@ LAG_EVERY_S = 0.5
 def create_app(services: Services) -> FastAPI:
     """The API: /v1, the probes, and /admin and /metrics unless they have a port of their own."""
     app = _bare_app(services, title="Lodger")
-    app.include_router(chat.router)
-    app.include_router(completions.router)
-    app.include_router(models.router)
-    app.include_router(adapter_routes.router)
-    app.include_router(health.probes)
+    routers = [chat.router, completions.router, models.router, adapter_routes.router, health.probes]
     if services.training is not None:
         app.state.training = services.training
-        for routes in (files, file_uploads, fine_tuning, webhooks):
-            app.include_router(routes.router)
+        routers += [files.router, file_uploads.router, fine_tuning.router, webhooks.router]
     if services.admin_here:
-        app.include_router(health.metrics_router)
+        routers.append(health.metrics_router)
         app.include_router(admin.router, dependencies=[Depends(require_admin)])
-    services.metrics.expect_routes(path for route in app.routes if (path := getattr(route, "path", None)))
+    for router in routers:
+        app.include_router(router)
+    services.metrics.expect_routes(route.path for router in routers for route in router.routes)  # type: ignore[attr-defined]
     return app
 
 
