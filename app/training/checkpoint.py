@@ -16,7 +16,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from adapters.errors import ObjectNotFound, ObjectTooLarge
 from adapters.manifest import canonical_json, tenant_prefix
 from adapters.store import BlobStore
+from app.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -34,32 +35,6 @@ SCHEMA = 1
 MAX_MANIFEST_BYTES = 1 << 20
 KEEP_STATES = 2  # the newest, and one before it in case that one does not verify
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a job is, in plain values. Mutable while it runs."""
-
-    step: int = 0  # optimizer steps done; also the cursor of the data
-    settled_step: int = 0  # the last step whose measuring and reporting is done
-    trained_tokens: int = 0  # label tokens of all steps run
-    total_tokens: int = 0
-    micro_batch_tokens: int = 0
-    pending: dict[str, float] = field(default_factory=dict)  # metrics of `step` that are not reported yet
-    first_losses: list[float] = field(default_factory=list)  # of the first steps: what the watchdog compares with
-    num_high: int = 0  # steps in a row whose loss was far above those
-    num_rollbacks: int = 0
-    base_loss: float | None = None  # held-out, where the adapter began; None until measured
-    base_accuracy: float | None = None
-    best_loss: float | None = None  # held-out
-    best_step: int | None = None
-    epochs_without_better: int = 0
-    is_stopped_early: bool = False
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Progress:
-        """Raises TypeError for a body of another version."""
-        return cls(**body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +71,8 @@ class StateStore:
             facts = _facts(path)
             self._store.put(f"{self.prefix}{name}/{TENSORS_FILE}", path)
         body = {"schema": SCHEMA, "progress": dict(state.progress), "tensors": facts}
-        self._store.put(f"{self.prefix}{name}/{STATE_FILE}", canonical_json(body))
+        sealed = {"body": body, "sha256": hashlib.sha256(canonical_json(body)).hexdigest()}
+        self._store.put(f"{self.prefix}{name}/{STATE_FILE}", canonical_json(sealed))
         self.newest = name
         return name
 
@@ -134,10 +110,11 @@ class StateStore:
 
     def _read(self, name: str) -> DurableState:
         try:
-            body = json.loads(self._store.get(f"{self.prefix}{name}/{STATE_FILE}", max_bytes=MAX_MANIFEST_BYTES))
+            sealed = json.loads(self._store.get(f"{self.prefix}{name}/{STATE_FILE}", max_bytes=MAX_MANIFEST_BYTES))
+            body = sealed["body"]
             facts, progress = body["tensors"], body["progress"]
-            if body["schema"] != SCHEMA:
-                raise StateDamaged("unknown schema")
+            if body["schema"] != SCHEMA or sealed["sha256"] != hashlib.sha256(canonical_json(body)).hexdigest():
+                raise StateDamaged("another schema, or other bytes than were written")
             Progress.from_dict(progress)
         except (ValueError, KeyError, TypeError) as exc:
             raise StateDamaged("unreadable manifest") from exc

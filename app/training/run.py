@@ -19,7 +19,7 @@ from adapters.store import BlobStore
 from app.engine.base_model import BaseModel
 from app.errors import ServerBusy
 from app.training.batching import micro_batches
-from app.training.checkpoint import Progress, StateStore, pack
+from app.training.checkpoint import DurableState, StateStore, pack
 from app.training.evaluate import GreedySampler, HeldOut, bare_base, eos_rate, measure, sample_prompts
 from app.training.fine_tuning import FineTuning
 from app.training.gate import GateFacts, Verdict, judge, start_and_end
@@ -27,6 +27,7 @@ from app.training.job import JobError, JobNotFound, StaleFence, StepMetrics, Suc
 from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult
 from app.training.prepare import DataRefused
+from app.training.progress import Progress
 from app.training.publish import AdapterOutput, PackedAdapter
 from app.training.report import Reporter, write_result_file
 from app.training.setting_up import UNTRAINED_DPO_LOSS, Trainee, fixed_adapter, set_up
@@ -319,7 +320,7 @@ class JobRun:
         if wait_for_it:
             yield from wait(self._saving)
 
-    def _write_state(self, state: Any) -> None:
+    def _write_state(self, state: DurableState) -> None:
         name = self._states.write(state, fence=self._claim.fence)
         self._queue.save_state(self._claim, int(state.progress["step"]), {"name": name})
         self._states.prune(name)

@@ -15,11 +15,12 @@ from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel
 from app.training.adapter import MasterPair, TrainedAdapter, new_adapter
 from app.training.batching import BatchOrder, ExampleSizes
-from app.training.checkpoint import DurableState, Progress, StateStore
+from app.training.checkpoint import DurableState, StateStore
 from app.training.config import TrainingConfig
 from app.training.evaluate import HeldOut
 from app.training.examples import Examples
 from app.training.optimizer import AdapterOptimizer, RateSchedule
+from app.training.progress import Progress
 from app.training.publish import parent_of
 from app.training.work import Steps, wait
 from app.training.work_queue import ClaimedJob

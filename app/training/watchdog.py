@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from app.training.checkpoint import Progress
+from app.training.progress import Progress
 
 NUM_FIRST = 10  # steps whose losses say what is normal
 NUM_HIGH = 3  # steps in a row that must be far above it

@@ -1,0 +1,109 @@
+"""AdamW steps, schedules and clipping against torch's own; a state that is saved and restored changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from app.training.adapter import MasterPair, TrainedAdapter
+from app.training.optimizer import AdapterOptimizer, RateSchedule
+
+SCHEDULE = RateSchedule("linear", peak=1e-2, warmup_steps=2, total_steps=10)
+
+
+def adapter(seed: int = 0) -> TrainedAdapter:
+    g = torch.Generator().manual_seed(seed)
+    pairs = {
+        n: MasterPair(*(torch.randn(shape, generator=g).requires_grad_(True) for shape in ((4, 16), (8, 4))))
+        for n in range(3)
+    }
+    return TrainedAdapter(pairs, 1.0)
+
+
+def add_gradients(trained: TrainedAdapter, step: int, scale: float = 1.0) -> None:
+    g = torch.Generator().manual_seed(100 + step)
+    for n, pair in trained.pairs.items():
+        a, b = (torch.randn(t.shape, generator=g) * scale for t in (pair.a, pair.b))
+        trained.accumulate(n, a, b)
+
+
+def weights(trained: TrainedAdapter) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in trained.parameters]
+
+
+def test_steps_equal_torch_adamw_with_clipping() -> None:
+    ours, theirs = adapter(), [t.detach().clone().requires_grad_(True) for t in adapter().parameters]
+    optimizer = AdapterOptimizer(ours, SCHEDULE, max_grad_norm=1.0)
+    plain = torch.optim.AdamW(theirs, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for step in range(10):
+        add_gradients(ours, step)
+        for parameter, gradient in zip(theirs, ours.gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        plain.param_groups[0]["lr"] = SCHEDULE.rate(step)
+        plain.step()
+        taken = optimizer.step(step)
+        assert taken.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        assert taken.rate == SCHEDULE.rate(step)
+        assert not ours.grads
+    for got, want in zip(weights(ours), theirs, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_continued_steps_are_bit_equal() -> None:
+    whole = adapter()
+    optimizer = AdapterOptimizer(whole, SCHEDULE, max_grad_norm=1.0)
+    for step in range(3):
+        add_gradients(whole, step)
+        optimizer.step(step)
+    state, factors = optimizer.state(), weights(whole)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    again = adapter(seed=5)
+    with torch.no_grad():
+        for parameter, value in zip(again.parameters, factors, strict=True):
+            parameter.copy_(value)
+    continued = AdapterOptimizer(again, SCHEDULE, max_grad_norm=1.0)
+    continued.restore(state)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), factors, strict=True))
+    for step in range(3, 6):
+        for trained, stepper in ((whole, optimizer), (again, continued)):
+            add_gradients(trained, step)
+            stepper.step(step)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
+
+
+def test_state_of_another_adapter_is_refused() -> None:
+    optimizer = AdapterOptimizer(adapter(), SCHEDULE, max_grad_norm=1.0)
+    optimizer.step(0)
+    state = optimizer.state()
+    state.pop("0.exp_avg")
+    with pytest.raises(ValueError, match="another adapter"):
+        optimizer.restore(state)
+
+
+def test_gradients_that_are_not_finite_change_nothing() -> None:
+    trained = adapter()
+    optimizer = AdapterOptimizer(trained, SCHEDULE, max_grad_norm=1.0)
+    before = weights(trained)
+    add_gradients(trained, 0, scale=math.inf)
+    taken = optimizer.step(0)
+    assert not taken.is_finite
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trained), strict=True))
+    assert not trained.grads
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_schedules_warm_up_to_the_peak_and_end_as_they_say(kind: str) -> None:
+    schedule = RateSchedule(kind, peak=1.0, warmup_steps=4, total_steps=20)  # type: ignore[arg-type]
+    rates = [schedule.rate(step) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert max(rates) == 1.0
+    assert all(rate > 0 for rate in rates)
+    half = schedule.rate(12)
+    assert half == pytest.approx({"linear": 0.5, "cosine": 0.5, "constant": 1.0}[kind])
+    assert rates[-1] == pytest.approx(
+        {"linear": 1 / 16, "cosine": 0.5 * (1 - math.cos(math.pi / 16)), "constant": 1}[kind]
+    )
+    assert RateSchedule(kind, 1.0, 0, 1).rate(0) == 1.0  # type: ignore[arg-type]
