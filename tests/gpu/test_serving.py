@@ -86,10 +86,7 @@ def test_an_adapter_changes_its_own_answers_alone(
 
     def ask(adapters: list[AdapterManifest]) -> list[Request]:
         owners = [None, *adapters, None]
-        return [
-            request(f"r{i}", prompt, owner, max_tokens=4, prompt_logprobs=0, tenant=f"t{i}")
-            for i, owner in enumerate(owners)
-        ]
+        return [request(f"r{i}", prompt, owner, max_tokens=4, prompt_logprobs=0) for i, owner in enumerate(owners)]
 
     answers = run_engine(base, adapter_dirs, ask)
     first, last = scored(answers["r0"]), scored(answers[f"r{len(adapter_dirs) + 1}"])
