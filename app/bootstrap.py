@@ -19,6 +19,7 @@ from adapters.errors import AdapterDigestMismatch
 from adapters.loader import AdapterLoader, LoaderLimits
 from adapters.lru import ByteLRU
 from adapters.manifest import AdapterManifest, BaseModelSpec
+from adapters.store import BlobStore
 from adapters.weights import HostAdapter, load_host_adapter
 from app import __version__
 from app.api.services import ApiLimits, Services
@@ -87,19 +88,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     store = open_store(settings, on_call=store_calls)
     load_times = LoadTimes()
     disk = DiskTier(data_dir / "adapters", settings.disk_cache_bytes)
-    loader: AdapterLoader[HostAdapter] = AdapterLoader(
-        fetch=store,
-        disk=disk,
-        host=ByteLRU(settings.host_cache_bytes),
-        parse=adapter_parser(base, limits),
-        size_of=lambda adapter: adapter.num_bytes,
-        limits=LoaderLimits(
-            workers=settings.loader_workers,
-            fetch_timeout_s=settings.s3_object_timeout_s,
-            max_weights_bytes=settings.max_adapter_bytes,
-        ),
-        observe=load_times.observe,
-    )
+    loader = make_loader(settings, base, store, disk, load_times.observe)
     check = functools.partial(check_adapter, base=base.spec, limits=limits)
     catalog = open_catalog(settings, store, base.spec)
     engine = assemble_engine(base, loader, engine_config(settings), shares)
@@ -196,6 +185,28 @@ def engine_config(settings: Settings) -> EngineConfig:
         kv_cache_bytes=settings.kv_cache_bytes,
         prefix_caching=settings.prefix_caching,
         latency_factor=settings.training_latency_factor,
+    )
+
+
+def make_loader(
+    settings: Settings,
+    base: BaseModel,
+    store: BlobStore,
+    disk: DiskTier,
+    observe: Callable[[str, float], None] | None = None,
+) -> AdapterLoader[HostAdapter]:
+    return AdapterLoader(
+        fetch=store,
+        disk=disk,
+        host=ByteLRU(settings.host_cache_bytes),
+        parse=adapter_parser(base, door_limits(settings)),
+        size_of=lambda adapter: adapter.num_bytes,
+        limits=LoaderLimits(
+            workers=settings.loader_workers,
+            fetch_timeout_s=settings.s3_object_timeout_s,
+            max_weights_bytes=settings.max_adapter_bytes,
+        ),
+        observe=observe,
     )
 
 

@@ -19,13 +19,13 @@ import torch
 
 from app.errors import ServerBusy
 from app.training.heartbeat import Heartbeat
-from app.training.job import StaleFence
+from app.training.job import JobNotFound, JobStatus, StaleFence
 from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult, micro_step
 from app.training.reaper import Reaper
 from app.training.run import JobRun, Workroom
 from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ShutdownWanted, Wait, Work
-from app.training.work_queue import ClaimedJob, Signal
+from app.training.work_queue import ClaimedJob
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,15 @@ class _Active:
     """A claimed job at work here. The engine thread's, but for its heart and thread."""
 
     run: JobRun
+    claim: ClaimedJob
     heart: Heartbeat
     thread: JobThread
     scratch: tempfile.TemporaryDirectory[str]
     steps: Generator[Work, Any, None]
     wants: Work | None = None  # what the generator waits for; None before its first step
     tokens: int = 0  # trained or measured here: whose turn it is
+    is_stale: bool = False  # set by the side thread: cancelled, erased or somebody else's
+    is_pausing: bool = False  # likewise: its tenant wants it paused
 
     @property
     def is_ready(self) -> bool:
@@ -79,7 +82,7 @@ class Trainer:
         self._leaving: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
         self._active: list[_Active] = []
         self._shared: _Shared | None = None
-        self._num_claimed = 0  # guarded by _claim_lock
+        self._claimed: list[_Active] = []  # guarded by _claim_lock; until their last thread has ended
         self._claim_lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [
@@ -99,7 +102,7 @@ class Trainer:
     def num_active(self) -> int:
         """Jobs at work here; any thread."""
         with self._claim_lock:
-            return self._num_claimed
+            return len(self._claimed)
 
     # ---- the engine thread
 
@@ -183,11 +186,11 @@ class Trainer:
         except StopIteration:
             self._let_go(job)
         except (StaleFence, Interrupted):
-            logger.info("job dropped", extra={"action": "job_dropped"})
+            logger.info("job dropped", extra={"action": "job_dropped", "job": job.claim.id})
             self._let_go(job)
         except Exception as exc:
             # Even saying so failed: the heart stops, and the reaper gives the job to somebody else.
-            logger.error("job lost", extra={"action": "job_lost"}, exc_info=exc)
+            logger.error("job lost", extra={"action": "job_lost", "job": job.claim.id}, exc_info=exc)
             self._let_go(job)
 
     def _interrupt_where_asked(self) -> None:
@@ -195,18 +198,17 @@ class Trainer:
         for job in list(self._active):
             if not job.run.may_interrupt or job.wants is None:
                 continue
-            try:
-                job.heart.check()
-            except StaleFence as stale:
+            reason = self._reason_to_stop(job)
+            if reason is not None:
                 job.run.may_interrupt = False
-                self._throw(job, stale)
-                continue
-            if self._stop.is_set():
-                job.run.may_interrupt = False
-                self._throw(job, ShutdownWanted())
-            elif job.heart.signal is Signal.PAUSE:
-                job.run.may_interrupt = False
-                self._throw(job, PauseWanted())
+                self._throw(job, reason)
+
+    def _reason_to_stop(self, job: _Active) -> Exception | None:
+        if job.is_stale:
+            return StaleFence()
+        if self._stop.is_set():
+            return ShutdownWanted()
+        return PauseWanted() if job.is_pausing else None
 
     def _let_go(self, job: _Active) -> None:
         self._active.remove(job)
@@ -225,6 +227,7 @@ class Trainer:
                 if since % looks == 0:
                     reaper.sweep()
                 since += 1
+                self._look_after()
                 claim = self._room.fine_tuning.queue.claim(self._worker) if self._has_room() else None
                 if claim is not None:
                     self._take(claim)
@@ -235,18 +238,34 @@ class Trainer:
                 logger.exception("claiming failed", extra={"action": "claim_failed"})
             self._stop.wait(self._poll_s)
 
+    def _look_after(self) -> None:
+        """See whether jobs at work here were cancelled, paused or taken away: sooner than a heartbeat would."""
+        with self._claim_lock:
+            watched = list(self._claimed)
+        for job in watched:
+            try:
+                row = self._room.fine_tuning.jobs.get(job.run.tenant, job.claim.id)
+            except JobNotFound:
+                job.is_stale = True
+                continue
+            job.is_stale = row.fence != job.claim.fence or row.status.is_over
+            job.is_pausing = row.status is JobStatus.PAUSING
+            if job.is_stale or job.is_pausing:
+                self._wake_up()
+
     def _has_room(self) -> bool:
         return self.num_active < self._max_jobs
 
     def _take(self, claim: ClaimedJob) -> None:
-        with self._claim_lock:
-            self._num_claimed += 1
         thread = JobThread(claim.id, self._wake_up)
         scratch = tempfile.TemporaryDirectory(dir=self._room.scratch, prefix="training-")
         heart = Heartbeat(self._room.fine_tuning.queue, claim, lease_s=self._lease_s)
         heart.__enter__()
         run = JobRun(self._room, claim, thread, Path(scratch.name))
-        self._arrivals.put(_Active(run, heart, thread, scratch, run.steps()))
+        active = _Active(run, claim, heart, thread, scratch, run.steps())
+        with self._claim_lock:
+            self._claimed.append(active)
+        self._arrivals.put(active)
         extra = {"action": "job_claimed", "job": claim.id, "tenant": claim.job.tenant, "fence": claim.fence}
         logger.info("job claimed", extra=extra)
         self._wake_up()
@@ -271,7 +290,7 @@ class Trainer:
             job.thread.close()
             job.scratch.cleanup()
             with self._claim_lock:
-                self._num_claimed -= 1
+                self._claimed.remove(job)
 
     # ---- the end of the process
 

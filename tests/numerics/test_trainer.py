@@ -1,0 +1,376 @@
+"""Whole jobs on a tiny base: against a plain PEFT loop, through pauses, neighbours, and everything that goes wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import app.training.trainer as trainer_module
+from adapters.manifest import AdapterManifest
+from adapters.weights import LoraPair
+from app.engine.base_model import BaseModel, load_base_model
+from app.training.adapter import new_adapter
+from app.training.batching import BatchOrder
+from app.training.config import TrainingConfig
+from app.training.dataset_rows import Method
+from app.training.evaluate import GreedySampler
+from app.training.job import Job, JobStatus
+from app.training.micro_step import Part, PartResult, micro_step
+from app.training.optimizer import RateSchedule
+from app.training.prepare import TrainingSet
+from app.training.spec import Hyperparameters, LoraOptions, PublishOptions, TrainingOptions
+from tests.engine_rig import random_prompt
+from tests.tiny import build_base
+from tests.trainer_rig import Rig, chat_row, directory_rig, preference_row
+
+FEW = [chat_row(n) for n in range(14)]
+FAST = Hyperparameters(n_epochs=2, batch_size=4, learning_rate_multiplier=20.0)
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    data = tmp_path_factory.mktemp("data")
+    return load_base_model(str(base_dir), data, name="tiny", quantization="none", dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def rig(base: BaseModel, tmp_path: Path) -> Iterator[Rig]:
+    made = directory_rig(base, tmp_path)
+    made.start()
+    yield made
+    made.close()
+
+
+def published(rig: Rig, job: Job) -> dict[str, LoraPair]:
+    """The factors of the job's one version, from the store."""
+    (manifest,) = [m for m in rig.catalog.versions(job.tenant, job.adapter_name) if m.job_id == job.id]
+    return rig.room.output.fetch(manifest, rig.room.scratch)
+
+
+def assert_same(one: dict[str, LoraPair], other: dict[str, LoraPair], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for path, pair in one.items():
+        for got, want in ((pair.a, other[path].a), (pair.b, other[path].b)):
+            if tolerance:
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+            else:
+                assert torch.equal(got, want), path
+
+
+# ---- what comes out
+
+
+def plain_loop(base_dir: Path, base: BaseModel, config: TrainingConfig, data: TrainingSet) -> dict[str, LoraPair]:
+    """The same job with PEFT and torch: whole batches, autograd through everything."""
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules))
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32), lora)
+    modules: dict[str, Any] = {path: model.base_model.model.get_submodule(path) for path in base.lora.paths}
+    start = new_adapter(base, config)
+    for index, path in enumerate(base.lora.paths):
+        modules[path].lora_A["default"].weight.data.copy_(start.pairs[index].a)
+        modules[path].lora_B["default"].weight.data.copy_(start.pairs[index].b)
+    parameters = [
+        m
+        for path in base.lora.paths
+        for m in (modules[path].lora_A["default"].weight, modules[path].lora_B["default"].weight)
+    ]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    order = BatchOrder(data.train.num_tokens, batch_size=config.batch_size, seed=config.seed)
+    schedule = RateSchedule(config.schedule, config.learning_rate, config.warmup_steps, config.total_steps)
+    for step in range(config.total_steps):
+        batch = [data.train[int(position)][0] for position in order.batch(step)]
+        losses = []
+        for sequence in batch:
+            ids = torch.tensor(sequence.ids.astype("int64"))[None]
+            at = torch.tensor(np.array(sequence.labels).nonzero()[0])
+            losses.append(F.cross_entropy(model(input_ids=ids).logits[0, at - 1], ids[0, at], reduction="sum"))
+        loss = torch.stack(losses).sum() / sum(sequence.num_labels for sequence in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = schedule.rate(step)
+        optimizer.step()
+    return {
+        path: LoraPair(m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach(), config.scaling)
+        for path, m in modules.items()
+    }
+
+
+def test_whole_job_equals_a_plain_peft_loop_and_leaves_the_base_alone(rig: Rig, base_dir: Path) -> None:
+    before = rig.base.checksums()
+    job = rig.create(FEW, hyperparameters=FAST)
+    (done,) = rig.wait(job)
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert done.config is not None
+    assert done.config.total_steps == 8
+    data = rig.fine_tuning.prepare(done.tenant, done.spec)
+    assert_same(published(rig, done), plain_loop(base_dir, rig.base, done.config, data), 1e-4)
+    assert rig.base.checksums() == before
+    assert done.trained_tokens == 2 * data.report.training.label_tokens
+    assert done.total_tokens == 2 * data.report.training.tokens
+    assert rig.store.list(f"tenants/{done.tenant}/training/") == []
+
+
+def test_preference_job_learns_the_preference(rig: Rig) -> None:
+    rows = [preference_row(n) for n in range(60)]
+    hyperparameters = Hyperparameters(n_epochs=2, batch_size=6, learning_rate_multiplier=10.0, beta=0.5)
+    (done,) = rig.wait(rig.create(rows, method=Method.DPO, hyperparameters=hyperparameters))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert done.gate is not None
+    assert done.gate["base_loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert done.gate["loss"] < 0.5
+    metrics = dict(rig.jobs.metrics(done.id))
+    assert metrics[max(metrics)]["full_valid_mean_token_accuracy"] > 0.8
+
+
+def test_served_adapter_is_the_stored_one_before_and_after_the_caches_are_wiped(rig: Rig) -> None:
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    manifest = rig.catalog.resolve(done.tenant, done.adapter_name)
+    prompts = [random_prompt(12, 290, seed) for seed in range(3)]
+    sampler = GreedySampler(rig.engine, eos_ids=frozenset(), max_context=512)
+
+    def answers(adapter: AdapterManifest | None) -> list[tuple[int, ...]]:
+        got = sampler.start(done.tenant, adapter, prompts, max_tokens=12).result(30)
+        assert not any(answer.failed for answer in got)
+        return [answer.tokens for answer in got]
+
+    warm = answers(manifest)
+    assert rig.loader.snapshot().loads["s3"] == 0
+    rig.engine.unload(manifest.ref.key).result(10)
+    rig.loader.forget_tenant(done.tenant)
+    assert answers(manifest) == warm
+    assert rig.loader.snapshot().loads["s3"] == 1
+    assert answers(None) != warm
+
+
+# ---- interruptions
+
+
+def uninterrupted(base: BaseModel, directory: Path, rows: Sequence[Any], **asked: Any) -> dict[str, LoraPair]:
+    rig = directory_rig(base, directory)
+    rig.start()
+    try:
+        (done,) = rig.wait(rig.create(rows, **asked))
+        return published(rig, done)
+    finally:
+        rig.close()
+
+
+LONGER = Hyperparameters(n_epochs=6, batch_size=4, learning_rate_multiplier=20.0)
+DROPOUT = LoraOptions(rank=4, dropout=0.2)
+
+
+def test_job_goes_on_bit_equal_in_another_process_and_after_a_pause(base: BaseModel, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"hyperparameters": LONGER, "lora": DROPOUT}
+    want = uninterrupted(base, tmp_path / "whole", FEW, **asked)
+    first = directory_rig(base, tmp_path / "cut")
+    first.start()
+    job = first.create(FEW, **asked)
+    first.wait(job, until=lambda job: job.step >= 3)
+    first.close()
+    assert first.get(job).status is JobStatus.QUEUED
+    assert first.get(job).worker is None
+    second = directory_rig(base, tmp_path / "cut")
+    second.start()
+    try:
+        second.wait(job, until=lambda job: job.step >= 12)
+        second.jobs.pause(job.tenant, job.id)
+        (paused,) = second.wait(job, until=lambda job: job.status is JobStatus.PAUSED)
+        assert paused.state is not None
+        assert paused.state["step"] >= 12
+        second.jobs.resume(job.tenant, job.id)
+        (done,) = second.wait(job)
+        assert done.status is JobStatus.SUCCEEDED, done.error
+        assert_same(published(second, done), want, 0)
+        steps = [step for step, _ in second.jobs.metrics(job.id)]
+        assert steps == list(range(1, len(steps) + 1))
+        messages = second.messages(job)
+        assert f"Job paused at step {paused.state['step']}" in messages
+        assert f"Job resumed from step {paused.state['step']}" in messages
+        assert len([m for m in messages if m.startswith("Checkpoint created")]) == 6
+    finally:
+        second.close()
+
+
+def test_cancelled_job_stops_and_leaves_nothing(rig: Rig) -> None:
+    job = rig.create(FEW, hyperparameters=replace(LONGER, n_epochs=50))
+    rig.wait(job, until=lambda job: job.step >= 2)
+    rig.jobs.cancel(job.tenant, job.id)
+    deadline_jobs = [rig.create(FEW, hyperparameters=FAST)]
+    rig.wait(*deadline_jobs)  # the trainer goes on with others
+    assert rig.get(job).status is JobStatus.CANCELLED
+    assert rig.get(job).step < 100
+    assert rig.catalog.versions(job.tenant, job.adapter_name) == []
+    assert rig.store.list(f"tenants/{job.tenant}/training/{job.id}/") == []
+
+
+# ---- neighbours
+
+
+def test_jobs_that_share_micro_steps_end_as_they_would_alone(base: BaseModel, tmp_path: Path) -> None:
+    rows = {"acme": FEW, "globex": [chat_row(n) for n in range(5, 21)]}
+    asked: dict[str, Any] = {"hyperparameters": LONGER, "lora": DROPOUT}
+    rig = directory_rig(base, tmp_path, micro_batch_tokens=1024)
+    jobs = [rig.create(rows[tenant], tenant=tenant, **asked) for tenant in rows]
+    rig.start()
+    try:
+        done = rig.wait(*jobs)
+        assert [job.status for job in done] == [JobStatus.SUCCEEDED] * 2, [job.error for job in done]
+        assert rig.trainer.num_joint_parts > 10
+        together = [published(rig, job) for job in done]
+    finally:
+        rig.close()
+    for (tenant, own), got in zip(rows.items(), together, strict=True):
+        alone = uninterrupted(base, tmp_path / tenant, own, tenant=tenant, **asked)
+        assert_same(got, alone, 1e-4)
+
+
+def test_base_answers_the_same_with_a_job_beside_it(rig: Rig) -> None:
+    sampler = GreedySampler(rig.engine, eos_ids=frozenset(), max_context=512)
+    prompts = [random_prompt(20, 290, seed) for seed in range(4)]
+    alone = sampler.start("acme", None, prompts, max_tokens=24).result(30)
+    job = rig.create(FEW, hyperparameters=LONGER)
+    rig.wait(job, until=lambda job: job.status is JobStatus.RUNNING)
+    beside = sampler.start("acme", None, prompts, max_tokens=24).result(30)
+    assert [answer.tokens for answer in beside] == [answer.tokens for answer in alone]
+    (done,) = rig.wait(job)
+    assert done.status is JobStatus.SUCCEEDED
+
+
+# ---- measuring, gate, stopping
+
+
+def test_gate_holds_back_what_learned_nothing(rig: Rig) -> None:
+    rows = [chat_row(n) for n in range(60)]
+    hopeless = Hyperparameters(n_epochs=1, batch_size=10, learning_rate_multiplier=1e-6)
+    (done,) = rig.wait(rig.create(rows, hyperparameters=hopeless))
+    assert done.status is JobStatus.SUCCEEDED
+    assert done.gate is not None
+    assert not done.gate["passed"]
+    assert done.adapter_version == 1
+    assert rig.catalog.aliases(done.tenant, done.adapter_name) == {}
+    assert any("was not moved" in message for message in rig.messages(done))
+
+
+def test_worse_version_does_not_take_the_alias_from_a_better_one(rig: Rig) -> None:
+    rows, publish = [chat_row(n) for n in range(60)], PublishOptions(name="colours")
+    good = Hyperparameters(n_epochs=3, batch_size=6, learning_rate_multiplier=30.0)
+    weak = Hyperparameters(n_epochs=1, batch_size=12, learning_rate_multiplier=5.0)
+    (first,) = rig.wait(rig.create(rows, hyperparameters=good, publish=publish))
+    (second,) = rig.wait(rig.create(rows, hyperparameters=weak, publish=publish))
+    assert first.gate is not None
+    assert second.gate is not None
+    assert first.gate["passed"], first.gate
+    assert second.gate["live_loss"] == pytest.approx(first.gate["loss"], rel=1e-4)
+    assert "above that of version 1" in second.gate["reason"]
+    assert rig.catalog.aliases("acme", "colours") == {"live": 1}
+    assert [m.version for m in rig.catalog.versions("acme", "colours")] == [1, 2]
+
+
+def test_early_stop_publishes_the_best_epoch(rig: Rig) -> None:
+    rows = [chat_row(n) for n in range(60)]
+    eager = Hyperparameters(n_epochs=25, batch_size=10, learning_rate_multiplier=150.0)
+    options = TrainingOptions(early_stop_patience=1, schedule="constant")
+    (done,) = rig.wait(rig.create(rows, hyperparameters=eager, training=options))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert done.gate is not None
+    losses = [v["full_valid_loss"] for _, v in rig.jobs.metrics(done.id) if "full_valid_loss" in v]
+    assert len(losses) < 25
+    assert losses[-1] > min(losses)
+    assert done.gate["loss"] == pytest.approx(min(losses))
+    assert any(message.startswith("Stopped early") for message in rig.messages(done))
+
+
+# ---- faults
+
+MicroStep = Callable[..., Generator[None, None, list[PartResult]]]
+
+
+def with_fault(fault: Callable[[Sequence[Part], int], list[PartResult] | None]) -> MicroStep:
+    """`micro_step`, but where `fault` (given the parts and the number of training steps so far) raises or replaces."""
+    made = [0]
+
+    def step(base: BaseModel, parts: Sequence[Part], *, train: bool = True) -> Generator[None, None, list[PartResult]]:
+        made[0] += train
+        replaced = fault(parts, made[0]) if train else None
+        results = yield from micro_step(base, parts, train=train)
+        return results if replaced is None else replaced
+
+    return step
+
+
+def nan_result(parts: Sequence[Part]) -> list[PartResult]:
+    return [PartResult(float("nan"), float("nan"), 1, 0, 1, 1) for _ in parts]
+
+
+def test_passing_fault_costs_a_step_back_and_a_lasting_one_the_job(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, base: BaseModel, tmp_path: Path
+) -> None:
+    want = uninterrupted(base, tmp_path / "sound", FEW, hyperparameters=FAST)
+    once = with_fault(lambda parts, made: nan_result(parts) if made == 6 else None)
+    monkeypatch.setattr(trainer_module, "micro_step", once)
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert any("went back to step 4" in message for message in rig.messages(done))
+    assert_same(published(rig, done), want, 0)
+    monkeypatch.setattr(trainer_module, "micro_step", with_fault(lambda parts, made: nan_result(parts)))
+    (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert failed.status is JobStatus.FAILED
+    assert failed.error is not None
+    assert failed.error.code == "nan_loss"
+    assert rig.catalog.versions(failed.tenant, failed.adapter_name) == []
+
+
+def test_out_of_memory_halves_the_micro_batch_and_spares_everybody_else(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(limit: int) -> MicroStep:
+        def fault(parts: Sequence[Part], made: int) -> None:
+            rows = [s for part in parts for s in part.sequences]
+            if len(rows) * max(len(s.ids) for s in rows) > limit:
+                raise torch.OutOfMemoryError("no room")
+
+        return with_fault(fault)
+
+    monkeypatch.setattr(trainer_module, "micro_step", too_large(100))
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert "Memory ran out: a micro-batch now holds at most 128 tokens" in rig.messages(done)
+    assert rig.trainer.num_out_of_memory > 0
+    monkeypatch.setattr(trainer_module, "micro_step", too_large(5))
+    (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert failed.error is not None
+    assert failed.error.code == "out_of_memory"
+
+
+def test_job_with_a_bug_fails_alone_and_says_whom_to_ask(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(parts: Sequence[Part], made: int) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer_module, "micro_step", with_fault(bug))
+    (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert failed.error is not None
+    assert failed.error.code == "server_error"
+    assert failed.id in failed.error.message
+    monkeypatch.undo()
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert done.status is JobStatus.SUCCEEDED
