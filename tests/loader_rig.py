@@ -36,7 +36,6 @@ class SlowStore(DirectoryStore):
         self.downloads: Counter[str] = Counter()
         self.is_down = False
         self.num_held = 0
-        self.most_held = 0
         self._held: set[str] = set()
         self._changed = threading.Condition()
 
@@ -50,6 +49,11 @@ class SlowStore(DirectoryStore):
             self._held.clear()
             self._changed.notify_all()
 
+    def wait_held(self, number: int, timeout_s: float = 60) -> None:
+        """Wait until so many downloads hang at a time."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.num_held >= number, timeout_s), f"{self.num_held} hang"
+
     def download(self, key: str, path: Path, *, max_bytes: int) -> ObjectInfo:
         blob = key.rsplit("/", 1)[1]
         with self._changed:
@@ -58,7 +62,7 @@ class SlowStore(DirectoryStore):
                 raise StoreUnavailable
             if blob in self._held:
                 self.num_held += 1
-                self.most_held = max(self.most_held, self.num_held)
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: blob not in self._held, timeout=60)
                 self.num_held -= 1
         return super().download(key, path, max_bytes=max_bytes)
