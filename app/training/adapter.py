@@ -79,6 +79,7 @@ def new_adapter(base: BaseModel, config: TrainingConfig) -> TrainedAdapter:
 
     `default` is PEFT's: uniform in +-1/sqrt(I) (Kaiming with a = sqrt(5)); `gaussian` has standard deviation 1/r;
     `orthogonal` has orthonormal rows scaled by 1/sqrt(r), and like PEFT's also starts B off zero, in the complement.
+    `eva` is drawn as `default` here; `app.training.eva` then sets A from the job's first examples.
     """
     generator = torch.Generator().manual_seed(config.seed)
     targets = set(config.target_modules)

@@ -14,9 +14,10 @@ from torch import Tensor
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel
 from app.training.adapter import MasterPair, TrainedAdapter, new_adapter
-from app.training.batching import BatchOrder, ExampleSizes
+from app.training.batching import BatchOrder, ExampleSizes, micro_batches
 from app.training.checkpoint import DurableState, StateStore
 from app.training.config import TrainingConfig
+from app.training.eva import start_at_directions
 from app.training.evaluate import HeldOut
 from app.training.examples import Examples
 from app.training.optimizer import AdapterOptimizer, RateSchedule
@@ -104,12 +105,13 @@ def set_up(room: Workroom, claim: ClaimedJob, thread: JobThread, states: StateSt
     adapter = starting_adapter(room.base, config, start)
     reference = fixed_adapter(room.base, start) if start and config.beta is not None else None
     sizes = ExampleSizes.of(training.train)
+    order = BatchOrder(sizes.tokens, batch_size=config.batch_size, seed=config.seed)
     schedule = RateSchedule(config.schedule, config.learning_rate, config.warmup_steps, config.total_steps)
     trainee = Trainee(
         config=config,
         examples=training.train,
         sizes=sizes,
-        order=BatchOrder(sizes.tokens, batch_size=config.batch_size, seed=config.seed),
+        order=order,
         held_out=HeldOut.of(training.valid, beta=config.beta, reference=reference)
         if training.valid is not None
         else None,
@@ -123,6 +125,10 @@ def set_up(room: Workroom, claim: ClaimedJob, thread: JobThread, states: StateSt
     durable = yield from wait(thread.call(states.read_newest, first=name))
     if durable is not None:
         trainee.restore(durable)
+    elif config.init == "eva" and not start:
+        (first, *_) = micro_batches(order.batch(0), sizes, max_tokens=room.micro_batch_tokens)
+        shown = [sequence for position in first for sequence in training.train[position]]
+        yield from start_at_directions(room.base, adapter, shown, config.rank)
     return trainee
 
 

@@ -43,7 +43,12 @@ class Wait:
     future: Future[Any]
 
 
-Work = Compute | Wait
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A piece of work is done and the next would follow: others may go first. Answered with None."""
+
+
+Work = Compute | Wait | Turn
 Steps = Generator[Work, Any, T]
 
 

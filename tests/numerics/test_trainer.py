@@ -18,7 +18,7 @@ from adapters.manifest import AdapterManifest
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel, load_base_model
 from app.training.adapter import new_adapter
-from app.training.batching import BatchOrder
+from app.training.batching import BatchOrder, ExampleSizes, micro_batches
 from app.training.config import TrainingConfig
 from app.training.dataset_rows import Method
 from app.training.evaluate import GreedySampler
@@ -374,3 +374,22 @@ def test_job_with_a_bug_fails_alone_and_says_whom_to_ask(rig: Rig, monkeypatch: 
     monkeypatch.undo()
     (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
     assert done.status is JobStatus.SUCCEEDED
+
+
+def test_eva_init_begins_at_the_inputs_main_directions(rig: Rig) -> None:
+    job = rig.create(
+        FEW, hyperparameters=Hyperparameters(n_epochs=1, batch_size=14), lora=LoraOptions(rank=4, init="eva")
+    )
+    (done,) = rig.wait(job)
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    data = rig.fine_tuning.prepare(done.tenant, done.spec)
+    sizes = ExampleSizes.of(data.train)
+    (first, *_) = micro_batches(np.arange(len(sizes)), sizes, max_tokens=rig.micro_batch_tokens)
+    rows = [rig.base.body.embed_tokens(torch.tensor(np.array(data.train[p][0].ids), dtype=torch.long)) for p in first]
+    norm = rig.base.body.layers[0].input_layernorm
+    inputs = norm(torch.cat(rows)).float()
+    path = "model.layers.0.self_attn.q_proj"
+    assert done.config is not None
+    # One step of a small rate moves A by at most the rate from where it began.
+    got, want = published(rig, done)[path].a, torch.linalg.svd(inputs, full_matrices=False).Vh[:4]
+    torch.testing.assert_close(got.abs(), want.abs(), atol=2 * done.config.learning_rate, rtol=1e-3)
