@@ -162,8 +162,8 @@ class TrainingPlan:
     def _mask(self, part: PlanPart, linear: int, x: Tensor) -> Tensor:
         """The rows' dropout mask, scaled.
 
-        A function of job, row and linear alone: the recomputation in the backward pass draws the same one, and so does a
-        run in which other jobs share the batch.
+        A function of job, row and linear alone: the recomputation in the backward pass draws the same one, and so does
+        a run in which other jobs share the batch.
         """
         keep = 1 - part.adapter.dropout
         mask = torch.zeros_like(x)
