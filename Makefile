@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c d
 # One thread each: the tests' models are tiny, and threads that wait for each other cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false AWS_EC2_METADATA_DISABLED=true
 REAL_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false AWS_EC2_METADATA_DISABLED=true
-APT := ceph-mon ceph-osd radosgw ceph-common curl postgresql dict-devil dict-jargon dict-elements
+APT := ceph-mon ceph-osd radosgw ceph-common curl postgresql dict-devil bible-kjv
 
 help:
 	@sed -n '3,8s/^# *//p' Makefile

@@ -92,6 +92,22 @@ class ServerProcess:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
+    def push(self, tenant_key: str, name: str, config: bytes, weights: bytes) -> str:
+        """Publish an adapter over HTTP; returns its digest."""
+        with self.client(tenant_key) as client:
+            parts = {"adapter_config": config, "adapter_model": weights}
+            answer = client.post("/v1/adapters", data={"name": name}, files=parts)
+        assert answer.status_code in (200, 201), answer.text
+        return str(answer.json()["digest"])
+
+    def wait_idle(self, timeout_s: float = 20) -> None:
+        """Wait until no sequence runs or waits and no adapter is leased."""
+        until = time.monotonic() + timeout_s
+        gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "lodger_adapter_leases")
+        while held := {name: value for name in gauges if (value := self.metric(name))}:
+            assert time.monotonic() < until, f"left over: {held}"
+            time.sleep(0.02)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 

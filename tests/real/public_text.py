@@ -1,4 +1,4 @@
-"""Two tenants' training rows from public-domain text that Debian packages: Bierce's dictionary and the King James Bible.
+"""Two tenants' training rows from public-domain text in Debian packages: Bierce's dictionary and the King James Bible.
 
 Both answer the same kind of question, `Tell me about WORD.`, so that one prompt shows whose adapter answered.
 """
@@ -20,7 +20,7 @@ HELD_OUT = ("money", "love", "war", "friend", "truth")  # asked for in the tests
 Row = dict[str, list[dict[str, str]]]
 
 _HEADWORD = re.compile(r"^([A-Z][A-Z'-]+), (?:n|adj|adv|v|x|p)\.(?:[a-z]\.)*  +", re.MULTILINE)
-_CHARS = (30, 220)  # of an answer: short rows train fast, and end
+_CHARS = (30, 150)  # of an answer: short rows train fast, and end
 
 
 def bierce_rows(count: int) -> list[Row] | None:
@@ -44,7 +44,11 @@ def king_james_rows(count: int) -> list[Row] | None:
     if shutil.which(BIBLE) is None:
         return None
     done = subprocess.run(
-        [BIBLE, "-f", "-l100000", "gen1:1-rev22:21"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        [BIBLE, "-f", "-l100000", "gen1:1-rev22:21"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     verses = [line.split(" ", 1)[1].strip() for line in done.stdout.splitlines() if re.match(r"\w+\d+:\d+ ", line)]
     seen = Counter(word for verse in verses for word in set(_words(verse)))

@@ -60,7 +60,7 @@ def train(
     losses = []
     draw = random.Random(seed)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
         loss = model(**collate(draw.sample(examples, batch), tokenizer.pad_token_id)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -68,6 +68,8 @@ def train(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
+        if step % 10 == 0:
+            print(f"step {step} of {steps}, loss {losses[-1]:.2f}", flush=True)
     model.save_pretrained(out, save_embedding_layers=False)  # else PEFT looks the base up on a hub
     return losses
 
