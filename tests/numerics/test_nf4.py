@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.engine.base_model import BaseModel, DequantizedLinear, load_base_model
+from app.engine.base_model import BaseModel, load_base_model
 from tests.tiny import build_base
 
 DTYPES = ["float32", "bfloat16"]
@@ -50,9 +50,7 @@ def test_each_linear_computes_what_bitsandbytes_computes(base_dir: Path, data_di
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]  # bf16: one rounding of a sum that may be made in pieces
     for path in base.lora.paths:
         ours = base.model.get_submodule(path).base
-        assert isinstance(ours, DequantizedLinear)
         linear = theirs.get_submodule(path)
-        assert torch.equal(linear.weight.data, ours.packed.data)  # type: ignore[arg-type]
         x = torch.randn(3, base.spec.linears[path][0], dtype=base.dtype)
         with torch.inference_mode():
             torch.testing.assert_close(ours(x), linear(x), atol=tolerance, rtol=tolerance)
@@ -76,5 +74,5 @@ def test_logits_equal_those_of_the_quantized_model(base_dir: Path, data_dir: Pat
 def test_the_second_start_loads_the_same_base_from_its_snapshot(base_dir: Path, data_dir: Path, dtype: str) -> None:
     first, second = load(base_dir, data_dir, dtype), load(base_dir, data_dir, dtype)
     assert first.checksums() == second.checksums()
-    assert any(name.endswith(".packed") for name in first.checksums())
+    assert first.memory_bytes()["nf4"] > 0
     assert first.spec == second.spec
