@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
+from app.__main__ import OPTIONAL, build_app
 from app.api import http
-from app.api.schemas import Body, GenerationBody
+from app.api.schemas import Body, ChatBody, GenerationBody
 from app.settings import Settings
 from app.settings_sources import variable_of
 from app.training.findings import FindingCode
@@ -132,6 +138,50 @@ def test_links_and_files_named_in_a_text_exist(path: Path) -> None:
             assert (path.parent / target).exists(), target
     for target in re.findall(r"`((?:app|adapters|tests|deploy)/[A-Za-z0-9_./-]+)`", text):
         assert (ROOT / target).exists(), target
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def command_lines(path: Path) -> Iterator[list[str]]:
+    """The words after `lodger` in shell blocks and in inline code."""
+    blocks = "\n".join(code_blocks(path, "sh")).replace("\\\n", " ")
+    inline = "\n".join(re.findall(r"`(lodger [^`]+)`", path.read_text()))
+    for line in (blocks + "\n" + inline).splitlines():
+        if found := re.match(r"(?:\.venv/bin/)?lodger (.+)", line):
+            yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_a_text_exist_with_their_options(path: Path) -> None:
+    root = typer.main.get_command(build_app())
+    for words in command_lines(path):
+        command: click.Command = root
+        context = click.Context(root)
+        if words[0] in OPTIONAL and words[0] not in root.list_commands(context):  # type: ignore[attr-defined]
+            continue
+        rest = list(words)
+        while hasattr(command, "get_command") and rest and not rest[0].startswith("-"):
+            found = command.get_command(context, rest[0])
+            assert found is not None, " ".join(words)
+            command = found
+            rest.pop(0)
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in rest if word.startswith("--")} <= known, " ".join(words)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_examples_can_be_read(path: Path) -> None:
+    for block in code_blocks(path, "python"):
+        compile(block, str(path), "exec")
+    for block in code_blocks(path, "json"):
+        json.loads(block)
+    for block in code_blocks(path, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "-d" in words:
+                ChatBody.model_validate(json.loads(words[words.index("-d") + 1]))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
