@@ -41,7 +41,7 @@ def bodies() -> Iterator[str]:
 TABLES: dict[str, Callable[[], str]] = {
     "settings": lambda: "\n".join(settings_tables()),
     "metrics": lambda: markdown_table(["name", "type", "labels", "meaning"], metric_rows()),
-    "routes": lambda: markdown_table(["method and path", "what it does"], route_rows()),
+    "routes": lambda: markdown_table(["method and path", "query", "what it does"], route_rows()),
     "bodies": lambda: "\n".join(bodies()),
     "errors": lambda: markdown_table(["code", "status", "type", "what happened, and what to do"], error_rows()),
 }

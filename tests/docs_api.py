@@ -79,7 +79,8 @@ def route_rows() -> Iterator[list[str]]:
     for route in routes():
         words = (route.endpoint.__doc__ or _words_of(route.endpoint.__name__)).strip().splitlines()[0]
         methods = ", ".join(sorted(route.methods))
-        yield [f"`{methods} {route.path.replace(':path', '')}`", words]
+        query = ", ".join(f"`{field.alias}`" for field in route.dependant.query_params)
+        yield [f"`{methods} {route.path.replace(':path', '')}`", query, words]
 
 
 def _words_of(name: str) -> str:

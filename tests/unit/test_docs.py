@@ -75,6 +75,17 @@ def test_every_error_code_is_documented() -> None:
     assert first_cells(top) == set(all_codes())
 
 
+def test_codes_named_beside_routes_exist() -> None:
+    section = page("api").partition("## Errors by route")[2].partition("\n## ")[0]
+    named = {
+        code
+        for row in re.findall(r"^\|[^|]+\|([^|]+)\|$", section, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", row)
+    }
+    assert len(named) > 20
+    assert named <= set(all_codes()) | {code.value for code in FindingCode}
+
+
 def test_every_finding_of_a_data_file_is_documented() -> None:
     last = page("errors").partition("## What can be wrong")[2]
     assert first_cells(last) == {code.value for code in FindingCode}
