@@ -5,8 +5,10 @@ The answers are written to `build/trained_tenants.md`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +24,9 @@ from tests.server_process import ROOT
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
-NUM_ROWS = 300
-STEPS = 60
+NUM_ROWS = 400
+STEPS = 50
+SCRIPT = Path(__file__).with_name("train_with_peft.py")
 REPORT = ROOT / "build" / "trained_tenants.md"
 CHAT = "/v1/chat/completions"
 MODEL = "smollm2-135m-instruct"
@@ -32,35 +35,42 @@ BIBLICAL = re.compile(r"\b(LORD|thou|thee|thy|unto|hath|shalt|ye|behold|sons? of
 
 
 @pytest.fixture(scope="module")
-def trained(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapter directories by tenant; the two are trained side by side, each in a process of its own."""
+def trained(smollm2_dir: Path, model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapter directories by tenant; the two are trained side by side, each in a process of its own.
+
+    What the same script made of the same rows is kept with the models: the next run starts from there.
+    """
     rows = {"bierce": bierce_rows(NUM_ROWS), "king-james": king_james_rows(NUM_ROWS)}
     missing = {"bierce": "dict-devil", "king-james": "bible-kjv"}
+    root = tmp_path_factory.mktemp("rows")
+    directories, running = {}, []
     for tenant, found in rows.items():
         if not found:
             pytest.skip(f"the Debian package {missing[tenant]} is not installed")
-    root = tmp_path_factory.mktemp("trained")
-    running = {}
-    for tenant, found in rows.items():
-        assert found is not None
-        file, out = root / f"{tenant}.jsonl", root / tenant
-        file.write_text("\n".join(map(json.dumps, found)))
-        command = [sys.executable, "-m", "tests.real.train_with_peft", "--threads", "1", "--steps", str(STEPS)]
-        places = ["--base", str(smollm2_dir), "--rows", str(file), "--out", str(out)]
-        running[tenant] = (out, subprocess.Popen([*command, *places], cwd=ROOT))
-    for _, process in running.values():
+        text = "\n".join(map(json.dumps, found))
+        facts = SCRIPT.read_text() + text + str(STEPS)
+        directories[tenant] = out = (
+            model_cache / "trained" / f"{tenant}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+        )
+        if not out.exists():
+            file = root / f"{tenant}.jsonl"
+            file.write_text(text)
+            command = [sys.executable, "-m", "tests.real.train_with_peft", "--threads", "1", "--steps", str(STEPS)]
+            places = ["--base", str(smollm2_dir), "--rows", str(file), "--out", str(root / tenant)]
+            running.append((subprocess.Popen([*command, *places], cwd=ROOT), root / tenant, out))
+    for process, made, out in running:
         assert process.wait(1200) == 0
-    return {tenant: out for tenant, (out, _) in running.items()}
+        out.parent.mkdir(exist_ok=True)
+        shutil.copytree(made, out)
+    return directories
 
 
 def test_two_tenants_answer_one_prompt_in_their_own_voices(
-    trained: dict[str, Path], start_server: StartServer, model_cache: Path
+    trained: dict[str, Path], start_server: StartServer, model_cache: Path, tmp_path: Path
 ) -> None:
-    server = start_server(
-        model_cache,
-        database_url=f"sqlite:///{trained['bierce'].parent / 'lodger.db'}",
-        store=(trained["bierce"].parent / "store").as_uri(),
-    )
+    # The models' directory holds the quantized base already; store and database are this test's own.
+    own = {"database_url": f"sqlite:///{tmp_path / 'lodger.db'}", "store": (tmp_path / "store").as_uri()}
+    server = start_server(model_cache, **own)
     keys = {tenant: server.new_tenant(tenant) for tenant in trained}
     for tenant, directory in trained.items():
         server.push(
