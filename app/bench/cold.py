@@ -12,9 +12,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from app.bench.engine_system import Extra
 from app.bench.figures import Percentiles, RoundTrace
-from app.bench.workload import Job, WorkloadSpec, cold_labels, make_jobs
+from app.bench.workload import Extra, Job, WorkloadSpec, cold_labels, make_jobs
 
 ARRIVALS = 2  # requests beside the streams in a window
 OBJECTS = 2  # one after the other: config and weights

@@ -13,31 +13,20 @@ from dataclasses import dataclass, field
 import torch
 
 from adapters.disk_tier import DiskTier
-from adapters.loader import AdapterLoader, LoaderLimits
-from adapters.lru import ByteLRU
 from adapters.store import BlobStore
-from adapters.weights import HostAdapter
 from app.bench.figures import ProcessFacts, RequestTrace, RoundTrace
 from app.bench.machine import process_age_s, rss_bytes
 from app.bench.slow_store import SlowStore
 from app.bench.tenancy import Tenancy
-from app.bench.workload import BenchFailed, Job
-from app.bootstrap import adapter_parser, engine_config, load_base
+from app.bench.workload import BenchFailed, Extra, Job
+from app.bootstrap import engine_config, load_base, make_loader
 from app.engine.assembly import assemble_engine
 from app.engine.base_model import BaseModel, choose_dtype, use_threads
 from app.engine.sequence import Event, Finished, FinishReason, Request, SamplingParams, Token
 from app.settings import Settings
-from app.storage import door_limits, open_store
+from app.storage import open_store
 
 REQUEST_TIMEOUT_S = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Extra:
-    """A request beside the measured streams, `at_s` after the beginning."""
-
-    at_s: float
-    job: Job
 
 
 @dataclass(slots=True)
@@ -79,18 +68,7 @@ class EngineSystem:
             store = SlowStore(store, store_delay_s)
         # Its own: what a server of the same run has downloaded must not make this engine's cold adapters warm.
         self._disk = DiskTier(tenancy.root / f"disk-{os.getpid()}", settings.disk_cache_bytes)
-        self.loader: AdapterLoader[HostAdapter] = AdapterLoader(
-            fetch=store,
-            disk=self._disk,
-            host=ByteLRU(settings.host_cache_bytes),
-            parse=adapter_parser(self.base, door_limits(settings)),
-            size_of=lambda adapter: adapter.num_bytes,
-            limits=LoaderLimits(
-                workers=settings.loader_workers,
-                fetch_timeout_s=settings.s3_object_timeout_s,
-                max_weights_bytes=settings.max_adapter_bytes,
-            ),
-        )
+        self.loader = make_loader(settings, self.base, store, self._disk)
         self.engine = assemble_engine(self.base, self.loader, engine_config(settings))
         self._news: queue.SimpleQueue[tuple[float, list[Event]]] = queue.SimpleQueue()
         self._asked = 0

@@ -1,35 +1,32 @@
-"""The real server in a process of its own on a free loopback port, and a client process that keeps it busy.
-
-The client writes down when each chunk came and looks into chunks only after the round: both share the machine.
-"""
+"""The real server in a process of its own on a free loopback port, with a client process that keeps it busy."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from pydantic import SecretStr
 
-from app.bench.figures import ProcessFacts, RequestTrace, RoundTrace
+from app.bench.figures import ProcessFacts
+from app.bench.http_client import REQUEST_TIMEOUT_S, make_client
 from app.bench.machine import process_age_s, rss_bytes
 from app.bench.process import Child
-from app.bench.tenancy import ADAPTER_NAME, Tenancy
-from app.bench.workload import BenchFailed, Job
+from app.bench.workload import BenchFailed
 from app.settings import Settings
 from app.settings_sources import FIELDS, variable_of
+
+if TYPE_CHECKING:
+    from app.bench.tenancy import Tenancy
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.05
-REQUEST_TIMEOUT_S = 3600.0
 NOT_HANDED_ON = ("config", "host", "port", "admin_host", "admin_port", "admin_key", "log_level", "request_timeout_s")
 LOG_TAIL_CHARS = 2000
 
@@ -103,99 +100,6 @@ def server_environment(settings: Settings, environment: Mapping[str, str]) -> di
     return result
 
 
-class HttpClient:
-    """Asks a server over HTTP; lives in a process of its own."""
-
-    def __init__(self, url: str, base_id: str, keys: Mapping[str, str], *, stream: bool) -> None:
-        self._url = url
-        self._base_id = base_id
-        self._keys = keys
-        self._stream = stream
-
-    def warm_up(self, jobs: Sequence[Job]) -> None:
-        self.round(jobs, 1)
-
-    def round(self, jobs: Sequence[Job], concurrency: int) -> RoundTrace:
-        return asyncio.run(self._round(jobs, concurrency))
-
-    def close(self) -> None:
-        """Each round closes its own connections."""
-
-    async def _round(self, jobs: Sequence[Job], concurrency: int) -> RoundTrace:
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        remaining = iter(jobs)
-        traces: list[RequestTrace] = []
-        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=REQUEST_TIMEOUT_S) as client:
-
-            async def stream() -> None:
-                for job in remaining:
-                    traces.append(await self._ask(client, job))
-
-            began = time.monotonic()
-            async with asyncio.TaskGroup() as streams:
-                for _ in range(concurrency):
-                    streams.create_task(stream())
-            wall_s = time.monotonic() - began
-        return RoundTrace(wall_s, tuple(sorted(traces, key=lambda trace: trace.asked_at)))
-
-    async def _ask(self, client: httpx.AsyncClient, job: Job) -> RequestTrace:
-        body: dict[str, Any] = {
-            "model": self._base_id if job.adapter is None else ADAPTER_NAME,
-            "prompt": list(job.prompt),
-            "max_tokens": job.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-        }
-        if self._stream:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        headers = {"authorization": f"Bearer {self._keys[job.adapter or '']}"}
-        asked_at = time.monotonic()
-        pieces: list[tuple[float, bytes]] = []
-        async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
-            async for piece in answer.aiter_raw():
-                pieces.append((time.monotonic(), piece))
-        whole = b"".join(piece for _, piece in pieces)
-        if answer.status_code != 200:
-            raise BenchFailed(f"the server answered {answer.status_code}: {whole.decode(errors='replace')[:500]}")
-        if not self._stream:
-            return _trace(job, asked_at, (), json.loads(whole)["usage"])
-        usage = next(event["usage"] for event in reversed(list(sse_events(whole))) if event.get("usage"))
-        return _trace(job, asked_at, news_times(pieces), usage)
-
-
-def _trace(job: Job, asked_at: float, news_at: tuple[float, ...], usage: Mapping[str, int]) -> RequestTrace:
-    if usage["completion_tokens"] != job.output_tokens:
-        raise BenchFailed(f"the server made {usage['completion_tokens']} tokens instead of {job.output_tokens}")
-    return RequestTrace(job.index, job.is_cold, asked_at, news_at, usage["completion_tokens"])
-
-
-def news_times(pieces: Sequence[tuple[float, bytes]]) -> tuple[float, ...]:
-    """When text came: each event counts at the time of the piece that completed it."""
-    times: list[float] = []
-    rest = b""
-    for at, piece in pieces:
-        *complete, rest = (rest + piece).split(b"\n\n")
-        times.extend(at for event in complete if _has_text(event))
-    return tuple(times)
-
-
-def sse_events(whole: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON events of a finished stream. Raises BenchFailed for an error event."""
-    for block in whole.split(b"\n\n"):
-        if block.startswith(b"data: {"):
-            event = json.loads(block.removeprefix(b"data: "))
-            if "error" in event:
-                raise BenchFailed(f"the stream ended with an error: {event['error'].get('message')}")
-            yield event
-
-
-def _has_text(event: bytes) -> bool:
-    if not event.startswith(b"data: {"):
-        return False
-    choices = json.loads(event.removeprefix(b"data: ")).get("choices") or [{}]
-    return bool(choices[0].get("text"))
-
-
 class HttpSystem:
     """Server and client together, as a `System`. The server is started by this process and ended by it."""
 
@@ -205,7 +109,7 @@ class HttpSystem:
         self._server = ServerProcess(settings, tenancy.root / "server.log")
         try:
             self._client = Child(
-                _make_client,
+                make_client,
                 self._server.url,
                 settings.base_id,
                 dict(tenancy.keys),
@@ -226,7 +130,3 @@ class HttpSystem:
     def close(self) -> None:
         self._client.close()
         self._server.close()
-
-
-def _make_client(url: str, base_id: str, keys: Mapping[str, str], stream: bool) -> HttpClient:
-    return HttpClient(url, base_id, keys, stream=stream)

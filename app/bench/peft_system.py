@@ -24,6 +24,7 @@ from app.bench.tenancy import Tenancy
 from app.bench.workload import BenchFailed, Job
 from app.bootstrap import load_base
 from app.engine.base_model import BaseModel, use_threads
+from app.engine.frozen_linear import FrozenLinear
 
 BASE_ROWS = "__base__"  # PEFT's name in `adapter_names` for rows without an adapter
 
@@ -187,6 +188,8 @@ def dense_twin(base: BaseModel) -> Any:
 def dense_weight(linear: nn.Module, base: BaseModel) -> Tensor:
     """The matrix `[O, I]` that a linear multiplies by. A 4-bit one tells it by its products with the unit vectors,
     which are exact: each is one weight and zeros."""
+    if isinstance(linear, FrozenLinear):
+        return linear.dense_weight.clone()
     weight: Tensor = linear.weight  # type: ignore[assignment]
     if weight.dtype == base.dtype:
         return weight.detach()

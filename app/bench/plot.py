@@ -39,6 +39,24 @@ def write_plot(report: Report, path: Path) -> None:
     plt.close(figure)
 
 
+def write_coserving_plot(report: Report, path: Path) -> None:
+    """The curve: what training costs in latency against what it keeps of its speed. Needs windows of both kinds."""
+    found = report.coserving
+    assert found is not None
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    curve = [(kept, slower, p.load) for p in found.points if (kept := found.share_kept(p)) and (slower := p.p95_ratio)]
+    axis.plot([100 * kept for kept, _, _ in curve], [slower for _, slower, _ in curve], marker="o")
+    for kept, slower, load in curve:
+        axis.annotate(f"load {load:g}", (100 * kept, slower), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    axis.axhline(1.5, color="0.6", linestyle="--", linewidth=1)
+    axis.set_xlabel("training speed kept, % of training alone")
+    axis.set_ylabel("p95 inter-token latency, training on / off")
+    axis.set_xlim(left=0)
+    axis.set_title(f"{report.base}, {report.machine.cpu}, {found.concurrency} at once", fontsize=10)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+    plt.close(figure)
+
+
 def _bars(axis: Any, rows: Sequence[Row], systems: Sequence[str], colors: dict[str, str]) -> None:
     loads = sorted({row.concurrency for row in rows})
     width = 0.8 / len(systems)

@@ -7,15 +7,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from app.bench.cold import ColdResult
 from app.bench.figures import Percentiles, Row, ratio
 from app.bench.machine import MachineFacts
 from app.bench.workload import WorkloadSpec
+
+if TYPE_CHECKING:
+    from app.bench.cold import ColdResult
+    from app.bench.coserving import CoservingResult, LoadPoint
 
 WANTED = {  # at least; (ours, theirs) -> factor
     ("offline", "peft-mixed"): 3.0,
@@ -50,6 +53,7 @@ class Report:
     base: str
     rows: list[Row] = field(default_factory=list)
     cold: ColdResult | None = None
+    coserving: CoservingResult | None = None
     tokens_checked: int = 0
 
     def comparisons(self) -> list[Comparison]:
@@ -71,6 +75,7 @@ class Report:
             "rows": [_row_json(row) for row in self.rows],
             "comparisons": [asdict(found) | {"is_met": found.is_met} for found in self.comparisons()],
             "cold": None if self.cold is None else _cold_json(self.cold),
+            "coserving": None if self.coserving is None else _coserving_json(self.coserving),
         }
 
     def write_json(self, path: Path) -> None:
@@ -81,6 +86,8 @@ class Report:
             console.print(line, highlight=False, markup=False)
         if self.rows:
             console.print(_table(self.rows))
+        if self.coserving is not None:
+            console.print(_coserving_table(self.coserving))
         for line in (*map(_say_comparison, self.comparisons()), *(_say_cold(self.cold) if self.cold else ())):
             console.print(line, highlight=False, markup=False)
 
@@ -166,6 +173,58 @@ def _say_cold(found: ColdResult) -> list[str]:
     if "cold" in found.arrival_ttft_ms:
         lines.append(f"first token of the cold requests: p50 {found.arrival_ttft_ms['cold'].p50 / 1000:.2f} s")
     return lines
+
+
+def _coserving_table(found: CoservingResult) -> Table:
+    table = Table(
+        title=f"Serving beside training: load 1 is {found.full_tokens_per_s:.1f} tokens/s at {found.concurrency} at "
+        f"once; training alone {found.alone_per_s:.1f} tokens/s, in an idle server {found.idle_per_s:.1f}",
+        title_justify="left",
+        pad_edge=False,
+    )
+    for name in (
+        "load",
+        "inter-token ms, training off\np50 / p95 / p99",
+        "training on\np50 / p95 / p99",
+        "p95 on / off",
+        "tokens/s off",
+        "tokens/s on",
+        "trained tokens/s",
+        "speed kept",
+    ):
+        table.add_column(name, justify="right")
+    for point in found.points:
+        table.add_row(*_coserving_cells(found, point))
+    return table
+
+
+def _coserving_cells(found: CoservingResult, point: LoadPoint) -> list[str]:
+    def median(values: Sequence[float], form: str = ".1f") -> str:
+        return format(statistics.median(values), form) if values else "-"
+
+    kept, ratio_of_p95 = found.share_kept(point), point.p95_ratio
+    return [
+        f"{point.load:g}",
+        _triple(_middle(point.off)),
+        _triple(_middle(point.on)),
+        "-" if ratio_of_p95 is None else f"{ratio_of_p95:.2f}x",
+        median(point.off_tokens_per_s),
+        median(point.on_tokens_per_s),
+        median(point.trained_per_s),
+        "-" if kept is None else f"{100 * kept:.0f} %",
+    ]
+
+
+def _middle(windows: Sequence[Percentiles]) -> Percentiles | None:
+    """Each percentile's median over the windows."""
+    if not windows:
+        return None
+    return Percentiles(*(statistics.median(getattr(w, name) for w in windows) for name in ("p50", "p95", "p99")))
+
+
+def _coserving_json(found: CoservingResult) -> dict[str, Any]:
+    points = [asdict(p) | {"p95_ratio": p.p95_ratio, "share_kept": found.share_kept(p)} for p in found.points]
+    return asdict(found) | {"points": points}
 
 
 def _row_json(row: Row) -> dict[str, Any]:

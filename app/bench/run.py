@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adapters.manifest import BaseModelSpec
-from app.bench.cold import measure_cold, num_cold, window_s
+from app.bench.cold import ColdResult, measure_cold, num_cold, window_s
+from app.bench.coserving import CoservingResult, measure_coserving
+from app.bench.coserving_system import CoservingSystem
 from app.bench.engine_system import EngineSystem, computes_in
 from app.bench.exactness import checked_jobs, require_equal
 from app.bench.figures import RoundTrace, make_row
@@ -36,6 +38,7 @@ from app.settings import Settings
 START_TIMEOUT_S = 900.0  # a large base is quantized the first time
 SLOWEST_TOKEN_S = 2.0  # what a call may take: this much for each token of its jobs, prompts included
 LEAST_TIMEOUT_S = 120.0
+WINDOWS_TIMEOUT_S = 1800.0  # a window of co-serving, on a machine that cannot keep up
 
 Say = Callable[[str], None]
 
@@ -70,7 +73,12 @@ def run_bench(settings: Settings, spec: WorkloadSpec, say: Say) -> Report:
     """Measure everything the spec asks for. Raises BenchOptionInvalid before any work, BenchFailed after some."""
     base_dir = resolve_base(settings.base_model, settings.data_dir, settings.base_revision)
     config = json.loads((base_dir / "config.json").read_text("utf-8"))
-    spec.check(max_context=config["max_position_embeddings"], max_rank=settings.max_rank, pool_rows=settings.pool_rank)
+    spec.check(
+        max_context=config["max_position_embeddings"],
+        max_rank=settings.max_rank,
+        pool_rows=settings.pool_rank,
+        object_timeout_s=settings.s3_object_timeout_s,
+    )
     machine = machine_facts(device_name(settings.device))
     if machine.is_busy:
         say(f"warning: load average {machine.load_average:.2f} on {machine.cores} cores; figures will be noisy")
@@ -97,6 +105,9 @@ def _measure(bench: Bench, base: BaseModelSpec, machine: MachineFacts) -> Report
     if spec.cold_store_delay_s:
         bench.say(f"warm streams beside cold arrivals, {spec.cold_store_delay_s:g} s an object")
         report.cold = _cold(bench)
+    if spec.train != "off":
+        bench.say("serving beside training, at several loads")
+        report.coserving = _coserve(bench)
     return report
 
 
@@ -193,7 +204,7 @@ def _start(name: str, bench: Bench) -> Callee:
             return Child(PeftSwap, tenancy, bench.warm, name=name, start_timeout_s=START_TIMEOUT_S)
 
 
-def _cold(bench: Bench) -> Any:
+def _cold(bench: Bench) -> ColdResult:
     spec = bench.spec
     jobs = warm_up_jobs(spec, bench.warm, bench.vocab_size)
     extra_s = len(jobs) * 2 * spec.cold_store_delay_s
@@ -205,6 +216,18 @@ def _cold(bench: Bench) -> Any:
             return trace
 
         return measure_cold(spec, bench.vocab_size, _first_cold(spec, None), window)
+
+
+def _coserve(bench: Bench) -> CoservingResult:
+    with _child("lodger, training", CoservingSystem, bench.tenancy, bench.spec) as child:
+        jobs = warm_up_jobs(bench.spec, bench.warm, bench.vocab_size)
+        child.call("warm_up", jobs, timeout_s=_limit(jobs))
+
+        def call(method: str, *args: Any) -> Any:
+            bench.say(f"  {method}" + (f", training {'on' if args[3] else 'off'}" if method == "serve" else ""))
+            return child.call(method, *args, timeout_s=WINDOWS_TIMEOUT_S)
+
+        return measure_coserving(bench.spec, bench.vocab_size, call)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from adapters.store import BlobStore, ObjectInfo
@@ -12,24 +13,25 @@ from adapters.store import BlobStore, ObjectInfo
 class SlowStore:
     """Another store, each of whose objects takes `delay_s` longer to read. Writing and listing are left as they are."""
 
-    def __init__(self, store: BlobStore, delay_s: float) -> None:
+    def __init__(self, store: BlobStore, delay_s: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._store = store
+        self._sleep = sleep
         self._delay_s = delay_s
 
     def head(self, key: str) -> ObjectInfo:
-        time.sleep(self._delay_s)
+        self._sleep(self._delay_s)
         return self._store.head(key)
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
-        time.sleep(self._delay_s)
+        self._sleep(self._delay_s)
         return self._store.get(key, max_bytes=max_bytes)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        time.sleep(self._delay_s)
+        self._sleep(self._delay_s)
         return self._store.get_range(key, start, length)
 
     def download(self, key: str, path: Path, *, max_bytes: int) -> ObjectInfo:
-        time.sleep(self._delay_s)
+        self._sleep(self._delay_s)
         return self._store.download(key, path, max_bytes=max_bytes)
 
     def put(self, key: str, data: bytes | Path) -> None:

@@ -19,12 +19,11 @@ from adapters.door import check_adapter
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, AdapterManifest, BaseModelSpec
 from adapters.peft_format import write_peft_directory
 from adapters.store import DirectoryStore
-from app.bench.workload import WorkloadSpec
+from app.bench.workload import ADAPTER_NAME, WorkloadSpec
 from app.settings import Settings
 from app.storage import door_limits
 
 B_STD = 0.02  # answers then differ from the base's and from each other's, and stay finite
-ADAPTER_NAME = "bench"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MODES = ("offline", "http", "both", "none")
 BASELINES = ("none", "peft-mixed", "peft-swap", "all")
 TRAINING = ("off", "on", "both")
+ADAPTER_NAME = "bench"  # of each tenant's one adapter
 REQUESTS_PER_STREAM = 2  # where --requests is not given
 
 
@@ -78,13 +79,15 @@ class WorkloadSpec:
         """Cold requests in one round."""
         return round(self.cold_share * self.requests_at(concurrency))
 
-    def check(self, *, max_context: int, max_rank: int, pool_rows: int) -> None:
+    def check(self, *, max_context: int, max_rank: int, pool_rows: int, object_timeout_s: float) -> None:
         """Raise BenchOptionInvalid for the first value that cannot be, naming the option."""
-        for option, problem in _problems(self, max_context, max_rank, pool_rows):
+        for option, problem in _problems(self, max_context, max_rank, pool_rows, object_timeout_s):
             raise BenchOptionInvalid(f"{option}: {problem}", param=option)
 
 
-def _problems(s: WorkloadSpec, max_context: int, max_rank: int, pool_rows: int) -> list[tuple[str, str]]:
+def _problems(
+    s: WorkloadSpec, max_context: int, max_rank: int, pool_rows: int, object_timeout_s: float
+) -> list[tuple[str, str]]:
     """(option, why not) of everything that is wrong."""
     shortest, longest = s.prompt_tokens
     tests: list[tuple[bool, str, str]] = [
@@ -125,6 +128,11 @@ def _problems(s: WorkloadSpec, max_context: int, max_rank: int, pool_rows: int) 
         (s.train not in TRAINING, "--train", f"one of {', '.join(TRAINING)}"),
         (s.rounds < 1, "--rounds", "at least 1"),
         (not 0 <= s.cold_store_delay_s <= 60, "--cold-store-delay", "0 to 60 seconds"),
+        (
+            s.cold_store_delay_s >= object_timeout_s,
+            "--cold-store-delay",
+            f"no object would come within LODGER_S3_OBJECT_TIMEOUT_S ({object_timeout_s:g})",
+        ),
         (s.seed < 0, "--seed", "0 or more"),
         (
             s.mode == "none" and s.baseline == "none" and s.cold_store_delay_s == 0 and s.train == "off",
@@ -148,6 +156,14 @@ class Job:
     @property
     def is_cold(self) -> bool:
         return self.adapter is not None and self.adapter.startswith("cold-")
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """A request beside the measured streams, `at_s` after the beginning."""
+
+    at_s: float
+    job: Job
 
 
 def warm_labels(count: int) -> tuple[str, ...]:

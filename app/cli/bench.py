@@ -45,6 +45,7 @@ def bench(
         float,
         typer.Option(metavar="SECONDS", help="Also: warm streams beside cold arrivals from a store that slow."),
     ] = 0.0,
+    train: Annotated[str, typer.Option(help="Also: serving beside training at several loads: off, on, both.")] = "off",
     out: Annotated[Path, typer.Option(help="Directory for bench.json and bench.png.")] = Path("bench-results"),
     seed: Annotated[int, typer.Option(help="Fixes prompts, adapters and their order.")] = 0,
 ) -> None:
@@ -67,6 +68,7 @@ def bench(
             baseline=baseline,
             rounds=rounds,
             stream=stream,
+            train=train,
             cold_store_delay_s=cold_store_delay,
             seed=seed,
         )
@@ -84,11 +86,16 @@ def run(loaded: LoadedSettings, spec: WorkloadSpec, out: Path) -> None:
     report.print(wide_console())
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(out / "bench.json")
-    if report.rows:
-        from app.bench.plot import write_plot
+    written = [out / "bench.json"]
+    from app.bench.plot import write_coserving_plot, write_plot
 
-        write_plot(report, out / "bench.png")
-    say(f"written: {', '.join(str(path) for path in sorted(out.glob('bench.*')))}")
+    if report.rows:
+        written.append(out / "bench.png")
+        write_plot(report, written[-1])
+    if report.coserving is not None and spec.train == "both":
+        written.append(out / "bench-training.png")
+        write_coserving_plot(report, written[-1])
+    say(f"written: {', '.join(map(str, written))}")
 
 
 def require_packages() -> None:
