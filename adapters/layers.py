@@ -8,6 +8,7 @@ Shapes: `T` tokens of the step, `R` rows of the pool, `r` an adapter's rows, `I`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -18,9 +19,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from adapters.weights import HostAdapter
 
-# Rows that are gathered into a dense block are read twice and written once; a span is read once. So a span of up to this
-# many times the active rows is the cheaper choice.
+# Rows that are gathered into a dense block are read twice and written once; a span is read once. So a span of up to
+# this many times the active rows is the cheaper choice.
 SPAN_OVER_GATHER = 3
+# A batched product of pages pays when it multiplies tokens with at most one row in this many of the masked product
+# (measured, SmolLM2-135M, 8 tokens of 8 adapters of rank 16, two AVX2 cores: 75 us a linear against 192 us).
+PAGED_GAIN = 2
+MIN_PAGE = 4  # rows; smaller pages cost more calls than they save work
 
 
 class LoraPlan(Protocol):
@@ -125,19 +130,92 @@ class PoolTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedProduct:
-    """The short segments: tokens [start, stop) against `rows` of the pool, masked to each token's own rows."""
+class SharedTokens:
+    """The short segments of a step: tokens [start, stop), and which linears any of them touches."""
 
     start: int
     stop: int
-    rows: slice | Tensor
-    foreign: Tensor  # bool [stop - start, number of rows], True where the row is not the token's own
     linears: int
 
+    def covers(self, linear: int) -> bool:
+        return bool(self.linears >> linear & 1)
 
-def _share(segments: Sequence[Segment], pool: PoolTensors) -> SharedProduct:
-    device = pool.a[0].device
+
+@dataclass(frozen=True, slots=True)
+class MaskedProduct:
+    """One product of all tokens with `rows` of the pool, zeroed outside each token's own, and one back."""
+
+    tokens: SharedTokens
+    rows: slice | Tensor
+    foreign: Tensor  # bool [tokens, number of rows], True where the row is not the token's own
+
+    def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """x `[t, I]`, out `[t, O]`, changed in place; a `[R, I]`, b `[R, O]` are the whole pool's."""
+        h = x @ a[self.rows].t()
+        # Filled, not multiplied: what overflows in one adapter's rows must not reach another's tokens as NaN.
+        out.addmm_(h.masked_fill_(self.foreign, 0), b[self.rows])
+
+
+@dataclass(frozen=True, slots=True)
+class PagedProduct:
+    """The same for few tokens of many adapters: rows [first, last) as pages, each multiplied with its owner's tokens.
+
+    A page is as many rows as divide every extent of the step, so ranks of any mix fit without padding. No token meets a
+    foreign row: the work is that of each adapter alone, in two batched products.
+    """
+
+    tokens: SharedTokens
+    first: int
+    last: int
+    page: int  # rows
+    index: Tensor  # [P * m] token of each place of each page; 0 where a page has fewer than m
+    targets: Tensor  # [K] the tokens that places belong to
+    sources: Tensor | None  # [K] those places; None when they are all
+
+    def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
+        num_pages = (self.last - self.first) // self.page
+        own = x.index_select(0, self.index).view(num_pages, -1, x.shape[1])
+        h = torch.bmm(own, a[self.first : self.last].view(num_pages, self.page, -1).transpose(1, 2))
+        added = torch.bmm(h, b[self.first : self.last].view(num_pages, self.page, -1)).view(-1, out.shape[1])
+        out.index_add_(0, self.targets, added if self.sources is None else added.index_select(0, self.sources))
+
+
+def _share(segments: Sequence[Segment], pool: PoolTensors) -> MaskedProduct | PagedProduct:
+    """Choose the cheaper of the two by the rows that tokens would be multiplied with."""
     start, stop = min(s.start for s in segments), max(s.stop for s in segments)
+    linears = 0
+    for s in segments:
+        linears |= s.linears
+    tokens = SharedTokens(start, stop, linears)
+    first, last = min(s.row for s in segments), max(s.row + s.rank for s in segments)
+    page = math.gcd(*(s.row - first for s in segments), *(s.rank for s in segments))
+    most = max(s.stop - s.start for s in segments)
+    # Sums of several pages into one token are made by atomic adds on a GPU, in any order; and its products are fast.
+    on_cpu = pool.a[0].device.type == "cpu"
+    if on_cpu and PAGED_GAIN * (last - first) * most <= (stop - start) * (last - first) and page >= MIN_PAGE:
+        return _paged(segments, tokens, first, last, page, most)
+    return _masked(segments, tokens, pool)
+
+
+def _paged(
+    segments: Sequence[Segment], tokens: SharedTokens, first: int, last: int, page: int, most: int
+) -> PagedProduct:
+    index = [0] * ((last - first) // page * most)
+    targets, sources = [], []
+    for s in segments:
+        for number in range((s.row - first) // page, (s.row + s.rank - first) // page):
+            for i, token in enumerate(range(s.start - tokens.start, s.stop - tokens.start)):
+                index[number * most + i] = token
+                targets.append(token)
+                sources.append(number * most + i)
+    every = sources == list(range(len(index)))
+    return PagedProduct(
+        tokens, first, last, page, torch.tensor(index), torch.tensor(targets), None if every else torch.tensor(sources)
+    )
+
+
+def _masked(segments: Sequence[Segment], tokens: SharedTokens, pool: PoolTensors) -> MaskedProduct:
+    device = pool.a[0].device
     extents = sorted({(s.row, s.rank) for s in segments})
     lo, hi = extents[0][0], extents[-1][0] + extents[-1][1]
     rows: slice | Tensor
@@ -149,18 +227,19 @@ def _share(segments: Sequence[Segment], pool: PoolTensors) -> SharedProduct:
         num_rows, column, at = rows.numel(), {}, 0
         for row, rank in extents:
             column[row], at = at, at + rank
-    foreign = torch.ones(stop - start, num_rows, dtype=torch.bool)
-    linears = 0
+    foreign = torch.ones(tokens.stop - tokens.start, num_rows, dtype=torch.bool)
     for s in segments:
-        foreign[s.start - start : s.stop - start, column[s.row] : column[s.row] + s.rank] = False
-        linears |= s.linears
-    return SharedProduct(start, stop, rows, foreign.to(device, non_blocking=True), linears)
+        own = slice(s.start - tokens.start, s.stop - tokens.start)
+        foreign[own, column[s.row] : column[s.row] + s.rank] = False
+    return MaskedProduct(tokens, rows, foreign.to(device, non_blocking=True))
 
 
 class PooledPlan:
     """One step's LoRA product. Rebuilt from the leases each step: a plan that outlives its step is a wrong answer."""
 
-    def __init__(self, pool: PoolTensors, alone: tuple[Segment, ...], shared: SharedProduct | None) -> None:
+    def __init__(
+        self, pool: PoolTensors, alone: tuple[Segment, ...], shared: MaskedProduct | PagedProduct | None
+    ) -> None:
         self._pool = pool
         self._alone = alone
         self._shared = shared
@@ -173,9 +252,7 @@ class PooledPlan:
             if s.linears >> linear & 1:
                 rows = slice(s.row, s.row + s.rank)
                 out[s.start : s.stop].addmm_(tokens[s.start : s.stop] @ a[rows].t(), b[rows])
-        shared = self._shared
-        if shared is not None and shared.linears >> linear & 1:
-            h = tokens[shared.start : shared.stop] @ a[shared.rows].t()
-            # Filled, not multiplied: what overflows in one adapter's rows must not reach another's tokens as NaN.
-            out[shared.start : shared.stop].addmm_(h.masked_fill_(shared.foreign, 0), b[shared.rows])
+        if self._shared is not None and self._shared.tokens.covers(linear):
+            own = self._shared.tokens
+            self._shared.add(tokens[own.start : own.stop], out[own.start : own.stop], a, b)
         return y

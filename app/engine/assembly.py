@@ -1,4 +1,4 @@
-"""Puts an engine together from a loaded base and a loader. Used by the server, the worker, the benchmark and the tests."""
+"""Puts an engine together from a loaded base and a loader: for the server, the worker, the benchmark and the tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EngineConfig:
 def assemble_engine(
     base: BaseModel, loader: Loader, config: EngineConfig, share_of: ShareOf = lambda tenant: EVEN_SHARE
 ) -> Engine:
-    """Allocate the pools and wire the engine; it is not started. Raises ValueError when the KV cache would be too small."""
+    """Allocate the pools and wire the engine; it is not started. Raises ValueError when the KV cache is too small."""
     shapes = base.shapes
     tensors = PoolTensors(base.spec.linears, config.pool_rows, dtype=base.dtype, device=base.device)
     block_size = _block_size(base, config)

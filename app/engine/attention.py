@@ -106,7 +106,7 @@ class Span:
 class PagedStep:
     """Attention of one packed step: writes the new K and V into their blocks, then lets each token see its own past.
 
-    Single tokens (decodes) are grouped by similar length and attend in one call a group; longer spans attend one by one.
+    Single tokens (decodes) are grouped by similar length and attend in one call a group; longer spans one by one.
     Query heads that share a KV head are folded into the query length, so K and V are never repeated.
     """
 

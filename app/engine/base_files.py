@@ -113,8 +113,10 @@ def source_fingerprint(source: Path) -> str:
 
 
 def base_digest(source: Path, quantization: str, kept_in: Path) -> str:
-    """What adapters are published for: sha256 over every tensor of the original (name, dtype, shape, bytes) and how it is
-    quantized. The same on every machine and in every version of the libraries that wrote the files.
+    """What adapters are published for: sha256 over every tensor of the original and how it is quantized.
+
+    A tensor counts by name, dtype, shape and bytes, so the digest is the same on every machine and in every version of
+    the libraries that wrote the files.
 
     Reading gigabytes takes seconds, so the result is kept in `kept_in` under the files' fingerprint.
     """

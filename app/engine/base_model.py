@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -26,6 +25,7 @@ from adapters.layers import LoraContext, LoraLinear
 from adapters.manifest import BaseModelSpec
 from app.engine.attention import ATTENTION_NAME, AttentionContext
 from app.engine.base_files import base_digest, base_name, build_once, resolve_base, source_fingerprint
+from app.engine.frozen_linear import FrozenLinear
 
 logger = logging.getLogger(__name__)
 
@@ -34,38 +34,6 @@ TARGET_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 class BaseModelUnsupported(Exception):
     """This model cannot be the base. Lodger serves Llama-like decoders with separate q, k, v, o, gate, up and down."""
-
-
-class DequantizedLinear(nn.Module):
-    """An NF4 linear that computes on a dense copy of its own quantized values: the same numbers, right gradients.
-
-    On a CPU the dense product is faster than unpacking 4-bit values from two tokens on, and bitsandbytes' fused kernel
-    would repack the weight in place at the first call, after which autograd through it is silently wrong.
-    """
-
-    def __init__(self, linear: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        import bitsandbytes as bnb
-
-        # In a tuple, so that torch does not register it: a parameter would be moved, cast and counted as a dense one.
-        self._packed: tuple[Any] = (linear.weight,)
-        with torch.no_grad():
-            dense = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
-        self.weight = nn.Parameter(dense, requires_grad=False)
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.data.to(dtype), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    @property
-    def packed(self) -> Any:
-        """The stored truth: bitsandbytes' 4-bit parameter, never computed on here."""
-        return self._packed[0]
-
-    @property
-    def packed_bytes(self) -> int:
-        return int(self.packed.numel() * self.packed.element_size())
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +88,17 @@ class BaseModel:
         return out.float()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by kind: NF4 values, the dense copies the CPU computes on, and everything kept in 16 or 32 bits."""
+        """Bytes by kind: NF4 values, the dense weights a CPU computes on, and everything else in 16 or 32 bits."""
         kinds = {"nf4": 0, "dense": 0, "other": 0}
         seen: set[int] = set()
         for module in self.model.modules():
-            packed = isinstance(module, DequantizedLinear)
-            if isinstance(module, DequantizedLinear):
-                kinds["nf4"] += module.packed_bytes
+            if isinstance(module, FrozenLinear):
+                kinds["nf4"] += 0 if module.nf4 is None else module.nf4.nbytes
+                kinds["dense"] += module.num_bytes
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if id(tensor) in seen:
-                    continue
+                if id(tensor) not in seen:
+                    kinds["nf4" if tensor.dtype == torch.uint8 else "other"] += tensor.nbytes
                 seen.add(id(tensor))
-                kind = "nf4" if tensor.dtype == torch.uint8 else "dense" if packed else "other"
-                kinds[kind] += tensor.numel() * tensor.element_size()
         return kinds
 
     def memory_words(self) -> str:
@@ -142,10 +108,8 @@ class BaseModel:
         if kinds["nf4"]:
             parts.append(f"{_mb(kinds['nf4'])} of NF4 weights")
         if kinds["dense"]:
-            parts.append(f"{_mb(kinds['dense'])} of the same weights in {_dtype_name(self.dtype)} to compute on")
-        parts.append(
-            f"{_mb(kinds['other'])} of embeddings, norms and head" if parts else f"{_mb(kinds['other'])} of weights"
-        )
+            parts.append(f"{_mb(kinds['dense'])} of linears and head in {_dtype_name(self.dtype)} to compute on")
+        parts.append(f"{_mb(kinds['other'])} of embeddings and norms" if parts else f"{_mb(kinds['other'])} of weights")
         return f"{self.spec.id} on {self.device}: " + ", ".join(parts) + f"; computes in {_dtype_name(self.dtype)}"
 
     def checksums(self) -> dict[str, str]:
@@ -153,8 +117,10 @@ class BaseModel:
         sums = {}
         for name, module in self.model.named_modules():
             tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            if isinstance(module, DequantizedLinear):
-                tensors["packed"] = module.packed.data
+            if isinstance(module, FrozenLinear):
+                tensors["weight"] = module.dense_weight
+                if module.nf4 is not None:
+                    tensors["nf4"] = module.nf4.data
             for key, tensor in tensors.items():
                 raw = tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes()
                 sums[f"{name}.{key}"] = hashlib.sha256(raw).hexdigest()
@@ -241,7 +207,7 @@ def _snapshot(source: Path, served: str, data_dir: Path, device: torch.device) -
 def _load_quantized(snapshot: Path, dtype: torch.dtype, device: torch.device) -> Any:
     loaded = _from_pretrained(snapshot, dtype=dtype, device_map={"": device})
     _forbid_repacking(loaded)
-    for name, module in list(loaded.named_modules()):
+    for module in loaded.modules():
         if not _is_4bit(module):
             # transformers loads a quantized model's other weights as they were saved, whatever dtype is asked for.
             # Buffers stay: rotary frequencies are fp32 by design.
@@ -252,10 +218,27 @@ def _load_quantized(snapshot: Path, dtype: torch.dtype, device: torch.device) ->
         # What the values are rounded to when they are unpacked. The snapshot says bf16, and bitsandbytes heeds it where
         # there are gradients and not where there are none: in fp32, training would see other weights than serving.
         module.weight.quant_state.dtype = dtype
-        if device.type == "cpu":
-            parent, leaf = name.rsplit(".", 1)
-            setattr(loaded.get_submodule(parent), leaf, DequantizedLinear(module, dtype))
     return loaded
+
+
+def _freeze_for_cpu(model: Any) -> None:
+    """Put frozen dense products in the place of the target linears and the head.
+
+    On a CPU the dense product is faster than unpacking 4-bit values from two tokens on, and bitsandbytes' fused kernel
+    would repack the weight in place at the first call, after which autograd through it is silently wrong.
+    """
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if leaf not in (*TARGET_KINDS, "lm_head"):
+            continue
+        nf4 = None
+        weight, bias = module.weight.data, module.bias
+        if _is_4bit(module):
+            nf4 = module.weight
+            weight = bnb.functional.dequantize_4bit(nf4.data, nf4.quant_state)
+        setattr(model.get_submodule(parent), leaf, FrozenLinear(weight, bias, nf4))
 
 
 def _is_4bit(module: nn.Module) -> bool:
@@ -300,11 +283,14 @@ def _wrap(
     directory: Path,
 ) -> BaseModel:
     model.eval().requires_grad_(False)
+    vocab_size = model.lm_head.weight.shape[0]
+    if device.type == "cpu":
+        _freeze_for_cpu(model)
     linears: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if leaf in TARGET_KINDS and not isinstance(module, LoraLinear):
-            linears[name] = _features(module)
+            linears[name] = (int(module.in_features), int(module.out_features))
     if {path.rsplit(".", 1)[1] for path in linears} != set(TARGET_KINDS):
         raise BaseModelUnsupported(f"{served}: not all of {', '.join(TARGET_KINDS)} are there")
     context = LoraContext(tuple(linears))
@@ -322,7 +308,7 @@ def _wrap(
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden_size=config.hidden_size,
-        vocab_size=model.lm_head.weight.shape[0],
+        vocab_size=vocab_size,
         max_context=_max_context(config),
     )
     names = {served, *spellings, getattr(config, "_name_or_path", "") or ""} - {""}
@@ -330,12 +316,6 @@ def _wrap(
     return BaseModel(
         model, spec, shapes, context, attention, device, dtype, quantization, directory, _eos_ids(model, directory)
     )
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, DequantizedLinear):
-        return module.weight.shape[1], module.weight.shape[0]
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
 def _eos_ids(model: Any, directory: Path) -> frozenset[int]:

@@ -191,8 +191,11 @@ class Engine:
         self._draining = True
         until = self._clock() + timeout_s
         while self._clock() < until and self.is_running:
-            if self.call(lambda: not self._sinks).result(timeout=max(until - self._clock(), 0.1) + 1):
-                return True
+            try:
+                if self.call(lambda: not self._sinks).result(timeout=max(until - self._clock(), 0.1) + 1):
+                    return True
+            except TimeoutError:  # a step that takes longer than the time that was left
+                return False
             self._stopped.wait(0.02)
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters.layers import PoolTensors, Segment
+from adapters.layers import MaskedProduct, PagedProduct, PoolTensors, Segment
 from adapters.weights import HostAdapter, HostModule
 
 LINEARS = {"layers.0.q_proj": (12, 20), "layers.0.down_proj": (30, 12)}
@@ -26,20 +26,24 @@ def by_loop(adapter: HostAdapter | None, path: str, x: torch.Tensor) -> torch.Te
     return torch.zeros(LINEARS[path][1]) if module is None else (x @ module.a.t()) @ module.b
 
 
+counts_by_shape = {"prefills": [1, 9, 3, 2], "decodes": [1, 1, 1, 1], "several each": [2, 3, 2, 1]}
+
+
 @pytest.mark.parametrize("long_segment", [1, 4, 1000])
 @pytest.mark.parametrize("spread", [0, 40], ids=["span", "gather"])
-def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int) -> None:
+@pytest.mark.parametrize("shape", counts_by_shape)
+def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int, shape: str) -> None:
     torch.manual_seed(0)
     pool = PoolTensors(LINEARS, 200, dtype=torch.float32, device=torch.device("cpu"))
     for tensor in (*pool.a, *pool.b):
-        tensor.fill_(float("nan"))  # what nobody holds must never reach a token
+        tensor.fill_(float("nan"))  # what an adapter leaves of its own rows unwritten would show
     adapters = [
         host(4, list(LINEARS), 1),
         host(8, ["layers.0.q_proj"], 2),
         host(16, list(LINEARS), 3, low=5),
         None,
     ]
-    counts = [1, 9, 3, 2]
+    counts = counts_by_shape[shape]
     segments, at, row = [], 0, 3
     for adapter, count in zip(adapters, counts, strict=True):
         if adapter is not None:
@@ -47,9 +51,9 @@ def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int) -> N
             segments.append(Segment(at, at + count, row, adapter.rank, linears))
             row += adapter.rank + spread
         at += count
-    if spread == 0:  # a span reads the rows between its ends, which then must be finite
-        for tensor in (*pool.a, *pool.b):
-            tensor.nan_to_num_(nan=7.0)
+    # Rows between the extents may be multiplied, with zeros: stale numbers are harmless, NaN never lies in the pool.
+    for tensor in (*pool.a, *pool.b):
+        tensor.nan_to_num_(nan=7.0)
     plan = pool.plan(segments, long_segment=long_segment)
     assert plan is not None
     for i, (path, (features_in, features_out)) in enumerate(LINEARS.items()):
@@ -60,6 +64,19 @@ def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int) -> N
                 want[0, token] += by_loop(adapter, path, x[0, token])
                 token += 1
         torch.testing.assert_close(plan.apply(i, x, y), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["decodes", "prefills"])
+def test_the_cheaper_product_is_chosen(shape: str) -> None:
+    pool = PoolTensors(LINEARS, 64, dtype=torch.float32, device=torch.device("cpu"))
+    counts = [1] * 4 if shape == "decodes" else [9, 1, 1, 1]
+    segments, at = [], 0
+    for i, count in enumerate(counts):
+        segments.append(Segment(at, at + count, 16 * i, 16, pool.write(16 * i, host(16, list(LINEARS), i))))
+        at += count
+    plan = pool.plan(segments, long_segment=1000)
+    assert plan is not None
+    assert isinstance(plan._shared, PagedProduct if shape == "decodes" else MaskedProduct)
 
 
 def test_an_overflowing_adapter_spoils_only_its_own_tokens() -> None:

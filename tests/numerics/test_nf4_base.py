@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from app.engine.assembly import EngineConfig, assemble_engine
-from app.engine.base_model import BaseModel, DequantizedLinear, load_base_model
+from app.engine.base_model import BaseModel, load_base_model
+from app.engine.frozen_linear import FrozenLinear
 from app.engine.sequence import Token, TokenLogprob
 from tests.engine_rig import Answer, Collector, DirectoryLoader, random_prompt, request
 from tests.tiny import build_adapter, build_base
@@ -122,11 +123,11 @@ def test_the_kept_snapshot_loads_bit_equal(base_dir: Path, data_dir: Path, tmp_p
 
 def test_the_linears_are_4_bit_and_compute_on_the_same_values(base_dir: Path, data_dir: Path) -> None:
     base = load(base_dir, data_dir, "float32")
-    linears = [module for module in base.model.modules() if isinstance(module, DequantizedLinear)]
+    linears = [m for m in base.model.modules() if isinstance(m, FrozenLinear) and m.nf4 is not None]
     assert len(linears) == 14
     for linear in linears:
-        packed = linear.packed
+        packed = linear.nf4
         assert packed.data.dtype == torch.uint8
-        assert len(linear.weight.unique()) > 16, "scales differ from block to block"
+        assert len(linear.dense_weight.unique()) > 16, "scales differ from block to block"
         dense = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-        assert torch.equal(dense.float(), linear.weight)
+        assert torch.equal(dense.float(), linear.dense_weight)
