@@ -119,11 +119,13 @@ class _Drain:
 
     def _drain(self) -> None:
         logger.info("draining", extra={"action": "draining", "seconds": self._timeout_s})
-        finished = self._engine.drain(self._timeout_s)
-        self._engine.stop()
-        logger.info("drained", extra={"action": "drained", "outcome": "ok" if finished else "cut"})
-        for listener in self._listeners:
-            listener.should_exit = True
+        try:
+            finished = self._engine.drain(self._timeout_s)
+            self._engine.stop()
+            logger.info("drained", extra={"action": "drained", "outcome": "ok" if finished else "cut"})
+        finally:  # whatever happened above, a process that was told to end must end
+            for listener in self._listeners:
+                listener.should_exit = True
 
 
 def _watch(engine: Engine, dead_after_s: float) -> None:

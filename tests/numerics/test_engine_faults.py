@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from app.engine.sequence import Batch, FinishReason, Request
 from app.errors import InternalError, NonFiniteOutput, OutOfMemory
 from tests.adapter_files import plain_tensors, raw
 from tests.engine_rig import Answer, random_prompt, request
-from tests.loader_rig import BASE_NAME, KINDS, Shop
+from tests.loader_rig import BASE_NAME, KINDS, Shop, Waiter
 from tests.tiny import build_base
 
 
@@ -129,6 +130,27 @@ def test_whoever_does_not_fit_alone_fails_alone(shop: Shop, monkeypatch: pytest.
     answers = shop.run(*others, big)
     assert isinstance(ended(answers["big"], FinishReason.ERROR), OutOfMemory)
     assert {r.id: answers[r.id].tokens for r in others} == before
+
+
+def test_a_step_longer_than_the_drain_time_does_not_break_the_drain(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_stuck, go_on = threading.Event(), threading.Event()
+
+    def stick(_: Batch) -> bool:
+        is_stuck.set()
+        go_on.wait(60)
+        return False
+
+    fail_when(shop, monkeypatch, stick, RuntimeError())
+    sink = Waiter()
+    shop.engine.submit(request("slow", [5, 6, 7], None, max_tokens=4), sink)
+    assert is_stuck.wait(60)
+    assert shop.engine.drain(0.1) is False
+    go_on.set()
+    shop.engine.stop()
+    sink.wait(1)
+    assert sink.answers["slow"].finished is not None
 
 
 def ended(answer: Answer, reason: FinishReason) -> Exception | None:
