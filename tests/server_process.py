@@ -112,7 +112,11 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float = 60) -> int:
-        return self.process.wait(timeout_s)
+        """The exit code. Raises AssertionError with the log's end when there is none in time."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output[-3000:]}") from None
 
     def kill(self) -> None:
         if self.process.poll() is None:

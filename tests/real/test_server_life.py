@@ -25,7 +25,7 @@ from tests.tiny import build_base
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
-LONG = 1000  # tokens: seconds of the tiny model
+LONG = 600  # tokens: a second or more of the tiny model
 CHAT = "/v1/chat/completions"
 
 
@@ -123,7 +123,7 @@ def test_sigterm_lets_accepted_work_finish_and_refuses_new_work(start_server: St
         stream.join()
         assert stream.events[-1] == "[DONE]"
         assert stream.completion_tokens == LONG
-    assert server.wait(20) == 0, "it does not use up the drain time"
+    assert server.wait(60) == 0, "it does not use up the drain time"
 
 
 def test_what_outlasts_the_drain_ends_with_an_error_event(start_server: StartServer, base_dir: Path) -> None:
