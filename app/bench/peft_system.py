@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from adapters.layers import LoraLinear
 from app.bench.figures import ProcessFacts, RequestTrace, RoundTrace
 from app.bench.machine import process_age_s, rss_bytes
 from app.bench.tenancy import Tenancy
@@ -178,9 +179,16 @@ def dense_twin(base: BaseModel) -> Any:
         twin = AutoModelForCausalLM.from_pretrained(
             base.directory, dtype=base.dtype, device_map={"": base.device}, use_safetensors=True
         )
-    for path in base.spec.linears:
-        linear = twin.get_submodule(path)
-        linear.weight = nn.Parameter(dense_weight(base.model.get_submodule(path).base, base), requires_grad=False)
+    # Embeddings and norms too: the 4-bit snapshot keeps them in bf16, whatever the original has.
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.Linear):
+            ours = base.model.get_submodule(name)
+            weight = dense_weight(ours.base if isinstance(ours, LoraLinear) else ours, base)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            parameter.data.copy_(base.model.get_submodule(name).get_parameter(key).data)
+    twin.tie_weights()
     return twin.eval().requires_grad_(False)
 
 
