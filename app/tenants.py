@@ -1,7 +1,8 @@
 """Tenants, their limits and API keys: the tables, who may ask for what, and what an administrator changes.
 
 Works on the database alone, so the command line needs no running server; a running one sees changes within a second,
-since what it caches is older than `cache_ttl_s` never. All methods are thread-safe and block (but `peek`).
+since what it caches is older than `cache_ttl_s` never. All methods are thread-safe; those
+that do not `peek` block.
 """
 
 from __future__ import annotations
@@ -246,6 +247,10 @@ class Tenants:
             if self._on_limits is not None:
                 self._on_limits(tenant, known)
         return known
+
+    def peek_limits(self, tenant: str) -> TenantLimits | None:
+        """The same from the cache alone: never blocks; None when the database has to be asked."""
+        return self._limits.get(tenant)
 
     def set_limits(self, tenant: str, **changes: int | None) -> Tenant:
         """Change a tenant's own row; None is the server's default again. Raises RequestInvalid, TenantNotFound."""

@@ -77,14 +77,14 @@ async def delete_named(context: ApiContext, tenant: str, name: str, selector: st
     """Delete an adapter, or one version of it. Raises AdapterNotFound, or AdapterConflict for an aliased version."""
     services = context.services
     if selector is None:
-        doomed = await context.blocking(services.catalog.versions, tenant, name)
-        await context.blocking(services.catalog.delete, tenant, name)
+        doomed = await context.store(services.catalog.versions, tenant, name)
+        await context.store(services.catalog.delete, tenant, name)
     elif VERSION_PATTERN.fullmatch(selector):
         version = int(selector[1:])
-        doomed = [m for m in await context.blocking(services.catalog.versions, tenant, name) if m.version == version]
+        doomed = [m for m in await context.store(services.catalog.versions, tenant, name) if m.version == version]
         if not doomed:
             raise AdapterNotFound()
-        await context.blocking(services.catalog.delete_version, tenant, name, version)
+        await context.store(services.catalog.delete_version, tenant, name, version)
     else:
         raise RequestInvalid("Name a version to delete, not an alias: an alias may move meanwhile.", param="model")
     for manifest in doomed:

@@ -27,7 +27,7 @@ from app.api.context import ApiContext, ContextDep
 from app.api.errors import from_validation
 from app.api.schemas import AliasBody, RegisterBody, RollbackBody
 from app.api.uploads import AdapterUpload, received_upload
-from app.errors import RateLimited, RequestInvalid
+from app.errors import RateLimited, RequestInvalid, ServerBusy
 from app.model_names import is_selector
 from app.tenants import Caller
 
@@ -37,7 +37,7 @@ router = APIRouter()
 @router.get("/v1/adapters")
 async def list_adapters(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """The caller's adapters by name, each with its aliases and numbers of versions."""
-    summaries = await context.blocking(context.services.catalog.list, caller.tenant)
+    summaries = await context.store(context.services.catalog.list, caller.tenant)
     residency = Residency(context)
     data = [
         {
@@ -60,7 +60,8 @@ async def register_adapter(request: Request, caller: CallerDep, context: Context
         async with received_upload(request, context) as upload:
             check_target(context, upload.name, upload.alias)
             await check_quota(context, caller.tenant, upload.name, upload.weights.stat().st_size)
-            manifest = await context.blocking(
+            manifest = await context.long_work(
+                caller.tenant,
                 context.services.catalog.publish,
                 caller.tenant,
                 upload.name,
@@ -71,7 +72,7 @@ async def register_adapter(request: Request, caller: CallerDep, context: Context
             )
     else:
         manifest = await import_from_prefix(context, caller, await read_body(request))
-    aliases = await context.blocking(context.services.catalog.aliases, caller.tenant, manifest.name)
+    aliases = await context.store(context.services.catalog.aliases, caller.tenant, manifest.name)
     body = version_object(manifest, aliases, Residency(context))
     return JSONResponse(body, 201, headers=context.headers_for(manifest))
 
@@ -83,7 +84,7 @@ async def validate_adapter(request: Request, caller: CallerDep, context: Context
         raise RequestInvalid("Send the files as multipart/form-data: name, adapter_config, adapter_model.")
     async with received_upload(request, context) as upload:
         check_target(context, upload.name, upload.alias)
-        return await context.blocking(checked_object, context, upload)
+        return await context.long_work(caller.tenant, checked_object, context, upload)
 
 
 def checked_object(context: ApiContext, upload: AdapterUpload) -> dict[str, Any]:
@@ -107,10 +108,10 @@ async def get_adapter(name: str, caller: CallerDep, context: ContextDep) -> dict
     catalog = context.services.catalog
     if not is_adapter_name(name):
         raise AdapterNotFound()
-    versions = await context.blocking(catalog.versions, caller.tenant, name)
+    versions = await context.store(catalog.versions, caller.tenant, name)
     if not versions:  # perhaps a directory that nobody has asked for yet
-        versions = [await context.blocking(catalog.resolve, caller.tenant, name, None)]
-    aliases = await context.blocking(catalog.aliases, caller.tenant, name)
+        versions = [await context.store(catalog.resolve, caller.tenant, name, None)]
+    aliases = await context.store(catalog.aliases, caller.tenant, name)
     residency = Residency(context)
     return {
         "id": name,
@@ -124,7 +125,7 @@ async def get_adapter(name: str, caller: CallerDep, context: ContextDep) -> dict
 @router.get("/v1/adapters/{name}/aliases/{alias}")
 async def get_alias(name: str, alias: str, caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """What an alias points to."""
-    aliases = await context.blocking(context.services.catalog.aliases, caller.tenant, known_name(name))
+    aliases = await context.store(context.services.catalog.aliases, caller.tenant, known_name(name))
     if alias not in aliases:
         raise AdapterNotFound()
     return alias_object(name, alias, aliases[alias])
@@ -135,13 +136,13 @@ async def get_alias(name: str, alias: str, caller: CallerDep, context: ContextDe
 async def set_alias(name: str, alias: str, body: AliasBody, caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """Point an alias at a version; running requests finish on what they began with."""
     check_alias(alias)
-    await context.blocking(context.services.catalog.set_alias, caller.tenant, known_name(name), alias, body.version)
+    await context.store(context.services.catalog.set_alias, caller.tenant, known_name(name), alias, body.version)
     return alias_object(name, alias, body.version)
 
 
 @router.delete("/v1/adapters/{name}/aliases/{alias}")
 async def delete_alias(name: str, alias: str, caller: CallerDep, context: ContextDep) -> dict[str, Any]:
-    await context.blocking(context.services.catalog.delete_alias, caller.tenant, known_name(name), alias)
+    await context.store(context.services.catalog.delete_alias, caller.tenant, known_name(name), alias)
     return {"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True}
 
 
@@ -153,8 +154,8 @@ async def roll_back(
     alias = (body and body.alias) or DEFAULT_ALIAS
     check_alias(alias)
     catalog = context.services.catalog
-    await context.blocking(catalog.roll_back, caller.tenant, known_name(name), alias)
-    aliases = await context.blocking(catalog.aliases, caller.tenant, name)
+    await context.store(catalog.roll_back, caller.tenant, known_name(name), alias)
+    aliases = await context.store(catalog.aliases, caller.tenant, name)
     return alias_object(name, alias, aliases[alias])
 
 
@@ -204,18 +205,21 @@ async def import_from_prefix(context: ApiContext, caller: Caller, body: Register
         )
     catalog = context.services.catalog
     await check_quota(context, caller.tenant, body.name, 0)
-    manifest = await context.blocking(catalog.import_directory, caller.tenant, body.name)
+    manifest = await context.long_work(caller.tenant, catalog.import_directory, caller.tenant, body.name)
     if manifest is None:
         raise AdapterFileMissing(f"There are no adapter files below '{own}'.", param="prefix")
     if body.alias is not None:
-        await context.blocking(catalog.set_alias, caller.tenant, body.name, body.alias, manifest.version)
+        await context.store(catalog.set_alias, caller.tenant, body.name, body.alias, manifest.version)
     return manifest
 
 
 async def make_resident(context: ApiContext, caller: Caller, name: str, *, pin: bool) -> dict[str, Any]:
     manifest = await resolve_path_name(context, caller, name)
-    tier = await asyncio.wrap_future(context.services.engine.warm(manifest, pin=pin))
-    return {**residency_object(manifest), "tier": tier, "pinned": pin}
+    warmed = await asyncio.wrap_future(context.services.engine.warm(manifest, pin=pin))
+    if pin and not warmed.is_pinned:
+        raise ServerBusy("The pool has no rows left for pins. Unpin another adapter first.")
+    found = {"tier": warmed.tier, "resident": warmed.is_resident, "pinned": warmed.is_pinned}
+    return {**residency_object(manifest), **found}
 
 
 def residency_object(manifest: AdapterManifest) -> dict[str, Any]:
@@ -230,17 +234,17 @@ async def resolve_path_name(context: ApiContext, caller: Caller, path_name: str)
     catalog = context.services.catalog
     manifest = catalog.peek(caller.tenant, name, selector or None)
     if manifest is None:
-        manifest = await context.blocking(catalog.resolve, caller.tenant, name, selector or None)
+        manifest = await context.store(catalog.resolve, caller.tenant, name, selector or None)
     return manifest
 
 
 async def check_quota(context: ApiContext, tenant: str, name: str, num_bytes: int) -> None:
     """The tenant's limits on adapters and storage, as far as the catalog's listing tells. Raises RateLimited."""
-    limits = await context.blocking(context.services.tenants.limits, tenant)
+    limits = await context.database(context.services.tenants.limits, tenant)
     if limits.max_adapters is None and limits.max_storage_bytes is None:
         return
     catalog = context.services.catalog
-    summaries = await context.blocking(catalog.list, tenant)
+    summaries = await context.store(catalog.list, tenant)
     known = {summary.name for summary in summaries}
     if limits.max_adapters is not None and len(known | {name}) > limits.max_adapters:
         raise RateLimited(
@@ -251,7 +255,7 @@ async def check_quota(context: ApiContext, tenant: str, name: str, num_bytes: in
     if limits.max_storage_bytes is not None:
         stored = 0
         for summary in summaries:
-            for manifest in await context.blocking(catalog.versions, tenant, summary.name):
+            for manifest in await context.store(catalog.versions, tenant, summary.name):
                 stored += manifest.weights.num_bytes + manifest.config.num_bytes
         if stored + num_bytes > limits.max_storage_bytes:
             raise RateLimited(

@@ -21,7 +21,7 @@ Limits = dict[str, Annotated[int, Field(strict=True)] | None]
 
 @router.get("/tenants")
 async def list_tenants(context: ContextDep) -> dict[str, Any]:
-    tenants = await context.blocking(context.services.tenants.list)
+    tenants = await context.database(context.services.tenants.list)
     return {"object": "list", "data": [tenant_object(tenant) for tenant in tenants]}
 
 
@@ -29,50 +29,50 @@ async def list_tenants(context: ContextDep) -> dict[str, Any]:
 async def create_tenant(body: TenantBody, context: ContextDep) -> dict[str, Any]:
     """Add a tenant, with limits of its own if any are named."""
     tenants = context.services.tenants
-    tenant = await context.blocking(tenants.create, body.id)
+    tenant = await context.database(tenants.create, body.id)
     if body.limits:
-        tenant = await context.blocking(tenants.set_limits, body.id, **body.limits)
+        tenant = await context.database(tenants.set_limits, body.id, **body.limits)
     return tenant_object(tenant)
 
 
 @router.get("/tenants/{tenant}")
 async def get_tenant(tenant: str, context: ContextDep) -> dict[str, Any]:
-    return tenant_object(await context.blocking(context.services.tenants.get, tenant))
+    return tenant_object(await context.database(context.services.tenants.get, tenant))
 
 
 @router.delete("/tenants/{tenant}")
 async def erase_tenant(tenant: str, context: ContextDep) -> dict[str, Any]:
     """Erase a tenant: its rows and keys first, so that nothing new comes, then its adapters. May be repeated."""
     services = context.services
-    await context.blocking(services.tenants.erase, tenant)
+    await context.database(services.tenants.erase, tenant)
     for _ in range(context.end_all(tenant, TenantErased())):
         services.metrics.cancelled("erase")
     for held in services.snapshot().resident:
         if held.tenant == tenant:
             services.engine.unpin((held.tenant, held.digest))
             services.engine.unload((held.tenant, held.digest))
-    await context.blocking(services.catalog.erase_tenant, tenant)
-    await context.blocking(services.forget_tenant, tenant)
+    await context.store(services.catalog.erase_tenant, tenant)
+    await context.store(services.forget_tenant, tenant)
     return {"id": tenant, "object": "tenant", "deleted": True}
 
 
 @router.get("/limits/{tenant}")
 async def get_limits(tenant: str, context: ContextDep) -> dict[str, Any]:
     """What holds for a tenant: its own row over the server's defaults."""
-    return asdict(await context.blocking(context.services.tenants.limits, tenant))
+    return asdict(await context.database(context.services.tenants.limits, tenant))
 
 
 @router.put("/limits/{tenant}")
 @router.patch("/limits/{tenant}")
 async def set_limits(tenant: str, body: Limits, context: ContextDep) -> dict[str, Any]:
     """Change a tenant's own limits; null is the server's default again."""
-    return tenant_object(await context.blocking(context.services.tenants.set_limits, tenant, **body))
+    return tenant_object(await context.database(context.services.tenants.set_limits, tenant, **body))
 
 
 @router.get("/keys")
 async def list_keys(context: ContextDep, tenant: Annotated[str | None, Query()] = None) -> dict[str, Any]:
     """All keys, or those that may act for one tenant; never the keys themselves."""
-    keys = await context.blocking(context.services.tenants.list_keys, tenant)
+    keys = await context.database(context.services.tenants.list_keys, tenant)
     return {"object": "list", "data": [key_object(key) for key in keys]}
 
 
@@ -84,9 +84,9 @@ async def create_key(body: KeyBody, context: ContextDep) -> JSONResponse:
     if sum(named) != 1:
         raise RequestInvalid("Name one of 'tenant', 'tenants' or 'all_tenants'.", param="tenant")
     if body.tenant is not None:
-        key = await context.blocking(tenants.create_key, body.tenant, name=body.name, expires_at=body.expires_at)
+        key = await context.database(tenants.create_key, body.tenant, name=body.name, expires_at=body.expires_at)
     else:
-        key = await context.blocking(
+        key = await context.database(
             tenants.create_service_key, body.tenants, name=body.name, expires_at=body.expires_at
         )
     shown = {"id": key.id, "object": "key", "key": key.text, "name": body.name, "expires_at": body.expires_at}
@@ -96,7 +96,7 @@ async def create_key(body: KeyBody, context: ContextDep) -> JSONResponse:
 @router.delete("/keys/{key_id}")
 async def revoke_key(key_id: str, context: ContextDep) -> dict[str, Any]:
     """End a key; every server of this database refuses it within a second. May be repeated."""
-    return key_object(await context.blocking(context.services.tenants.revoke_key, key_id))
+    return key_object(await context.database(context.services.tenants.revoke_key, key_id))
 
 
 def tenant_object(tenant: Tenant) -> dict[str, Any]:

@@ -44,7 +44,7 @@ async def resolve_model(context: ApiContext, caller: Caller, model: str) -> Adap
         raise model_not_found(model)
     try:
         if isinstance(name, FineTunedName):
-            return await context.blocking(find_fine_tuned, services, name)
+            return await context.store(find_fine_tuned, services, name)
         return await resolve_adapter(context, caller.tenant, name)
     except (AdapterNotFound, AdapterNameInvalid):
         raise model_not_found(model) from None
@@ -56,7 +56,7 @@ async def resolve_adapter(context: ApiContext, tenant: str, name: AdapterName) -
     manifest = catalog.peek(tenant, name.name, name.selector)
     if manifest is not None:
         return manifest
-    return await context.blocking(catalog.resolve, tenant, name.name, name.selector)
+    return await context.store(catalog.resolve, tenant, name.name, name.selector)
 
 
 def find_fine_tuned(services: Services, name: FineTunedName) -> AdapterManifest:
@@ -128,7 +128,7 @@ async def answer(
     if plan.adapter is not None:
         facts.adapter, facts.digest = plan.adapter.label, plan.adapter.digest
     model = services.base.id if plan.adapter is None else plan.adapter.label
-    limits = await context.blocking(services.tenants.limits, plan.tenant)
+    limits = await limits_of(context, plan.tenant)
     headers = context.headers_for(plan.adapter) | spend_prompt(context, plan.tenant, limits, prompts)
     generation = Generation(context.client, services.text, plan, prompts, body.num_choices)
     answer_format = make_format(generation, model)
@@ -159,6 +159,13 @@ async def answer(
             facts.client_left()
             return Response(status_code=204)  # to a closed connection
         return JSONResponse(answer_format.whole(), headers=headers)
+
+
+async def limits_of(context: ApiContext, tenant: str) -> TenantLimits:
+    """What holds for a tenant now; no thread is taken while that is known."""
+    tenants = context.services.tenants
+    known = tenants.peek_limits(tenant)
+    return known if known is not None else await context.database(tenants.limits, tenant)
 
 
 def spend_prompt(

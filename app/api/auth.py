@@ -40,7 +40,7 @@ async def get_caller(request: Request, context: ContextDep, facts: FactsDep) -> 
     try:
         caller = tenants.peek(key, tenant)
         if caller is None:
-            caller = await context.blocking(tenants.authenticate, key, tenant)
+            caller = await context.database(tenants.authenticate, key, tenant)
     except AccessDenied as exc:
         metrics.auth_failed(FAILURE_REASONS.get(type(exc), "scope"))
         raise

@@ -5,6 +5,7 @@ Also the named dependencies that routes are written with: `ContextDep`, `FactsDe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +20,39 @@ from app.api.engine_client import EngineClient
 from app.api.generation import Generation
 from app.api.middleware import RequestFacts, facts_of
 from app.api.services import Services
+from app.errors import ServerBusy
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MAX_BLOCKING_CALLS = 16  # catalog, store and database calls at a time; more wait their turn
+# Calls at a time, each kind by itself: what waits for a slow store holds up nobody who only asks the database.
+MAX_DATABASE_CALLS = 8
+MAX_STORE_CALLS = 32  # catalog and store
+MAX_DISK_CALLS = 8  # scratch files of uploads that are coming in
+MAX_LONG_CALLS = 4  # checks and copies of whole files
+MAX_LONG_CALLS_PER_TENANT = 2
+MAX_PREFLIGHTS = 1
+MAX_PREFLIGHTS_PER_TENANT = 1
 MAX_RENDERS = 2  # long prompts tokenized at a time
+
+
+class _Shares:
+    """Worker threads for long calls, of which one tenant has but a few; a tenant that wants more is asked to wait."""
+
+    def __init__(self, total: int, per_tenant: int) -> None:
+        self._limiter, self._per_tenant = anyio.CapacityLimiter(total), per_tenant
+        self._open: Counter[str] = Counter()
+
+    async def run(self, tenant: str, call: Callable[[], T]) -> T:
+        if self._open[tenant] >= self._per_tenant:
+            raise ServerBusy(f"{self._per_tenant} long calls of this tenant are under way. Wait for one to end.")
+        self._open[tenant] += 1
+        try:
+            return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
 
 
 class ApiContext:
@@ -34,12 +62,32 @@ class ApiContext:
         self.services = services
         self.client = EngineClient(services.engine, services.metrics)
         self.open: dict[str, set[Generation]] = {}  # by tenant
-        self._blocking = anyio.CapacityLimiter(MAX_BLOCKING_CALLS)
+        self._database = anyio.CapacityLimiter(MAX_DATABASE_CALLS)
+        self._store = anyio.CapacityLimiter(MAX_STORE_CALLS)
+        self._disk = anyio.CapacityLimiter(MAX_DISK_CALLS)
+        self._long = _Shares(MAX_LONG_CALLS, MAX_LONG_CALLS_PER_TENANT)
+        self._preflights = _Shares(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_TENANT)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)
 
-    async def blocking(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a call that may wait for disk, store or database in a worker thread."""
-        return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._blocking)
+    async def database(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that asks the database, and nothing slower, in a worker thread."""
+        return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._database)
+
+    async def store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that may wait for the store in a worker thread."""
+        return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._store)
+
+    async def disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that writes a piece of a scratch file in a worker thread."""
+        return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._disk)
+
+    async def long_work(self, tenant: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that reads or copies a whole file, or waits for a stranger's server. Raises ServerBusy."""
+        return await self._long.run(tenant, partial(call, *args, **kwargs))
+
+    async def preflight(self, tenant: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a long computation on a whole dataset in a worker thread. Raises ServerBusy."""
+        return await self._preflights.run(tenant, partial(call, *args, **kwargs))
 
     async def rendering(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a long computation on text in a worker thread."""
@@ -71,12 +119,12 @@ class ApiContext:
         return {} if adapter is None else {"x-lodger-adapter-digest": adapter.digest}
 
 
-def get_context(request: Request) -> ApiContext:
+async def get_context(request: Request) -> ApiContext:
     context: ApiContext = request.app.state.context
     return context
 
 
-def get_facts(request: Request) -> RequestFacts:
+async def get_facts(request: Request) -> RequestFacts:
     return facts_of(request.scope)
 
 

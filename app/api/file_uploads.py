@@ -47,7 +47,7 @@ async def create_upload(
 ) -> dict[str, Any]:
     ttl_s = None if body.expires_after is None else check_ttl(body.expires_after.seconds)
     new = NewFile(body.filename, body.purpose, ttl_s)
-    return upload_object(await context.blocking(training.uploads.create, caller.tenant, new, body.bytes), None)
+    return upload_object(await context.database(training.uploads.create, caller.tenant, new, body.bytes), None)
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
@@ -55,7 +55,7 @@ async def add_part(
     upload_id: str, request: Request, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     async with received_form(request, context, FormShape("data", MAX_PART_BYTES)) as form:
-        part = await context.blocking(training.uploads.add_part, caller.tenant, upload_id, form.path)
+        part = await context.long_work(caller.tenant, training.uploads.add_part, caller.tenant, upload_id, form.path)
     return {
         "id": part.id,
         "object": "upload.part",
@@ -70,7 +70,8 @@ async def complete_upload(
 ) -> dict[str, Any]:
     """Join the parts, in the order given, to one file; checked as POST /v1/files checks it."""
     limit = await max_stored_bytes(context, caller.tenant)
-    upload, file = await context.blocking(
+    upload, file = await context.long_work(
+        caller.tenant,
         training.uploads.complete,
         caller.tenant,
         upload_id,
@@ -85,7 +86,7 @@ async def complete_upload(
 async def cancel_upload(
     upload_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
-    return upload_object(await context.blocking(training.uploads.cancel, caller.tenant, upload_id), None)
+    return upload_object(await context.store(training.uploads.cancel, caller.tenant, upload_id), None)
 
 
 def upload_object(upload: Upload, file: StoredFile | None) -> dict[str, Any]:

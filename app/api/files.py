@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -36,7 +36,7 @@ async def create_file(
         new = NewFile(form.filename, form.values["purpose"], _ttl(form.values.get(ANCHOR), form.values.get(SECONDS)))
         limit = await max_stored_bytes(context, caller.tenant)
         add = training.files.add
-        file = await context.blocking(add, caller.tenant, new, form.path, max_stored_bytes=limit)
+        file = await context.long_work(caller.tenant, add, caller.tenant, new, form.path, max_stored_bytes=limit)
     return file_object(file)
 
 
@@ -52,7 +52,7 @@ async def list_files(
 ) -> dict[str, Any]:
     if purpose is not None and purpose not in PURPOSES:
         raise RequestInvalid("There is no such purpose.", param="purpose")
-    page = await context.blocking(
+    page = await context.database(
         training.files.list, caller.tenant, after=after, limit=limit, asc=order == "asc", purpose=purpose
     )
     return page_object(page, file_object)
@@ -60,13 +60,13 @@ async def list_files(
 
 @router.get("/v1/files/{file_id}")
 async def retrieve_file(file_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep) -> dict[str, Any]:
-    return file_object(await context.blocking(training.files.get, caller.tenant, file_id))
+    return file_object(await context.database(training.files.get, caller.tenant, file_id))
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep) -> dict[str, Any]:
     """Unlist a file. A job that was created with it keeps its content until the job is over."""
-    await context.blocking(training.files.delete, caller.tenant, file_id)
+    await context.store(training.files.delete, caller.tenant, file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 
@@ -75,17 +75,19 @@ async def download_file(
     file_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> StreamingResponse:
     """The bytes as they came; a result file as plain CSV."""
-    file = await context.blocking(training.files.get, caller.tenant, file_id)
+    file = await context.database(training.files.get, caller.tenant, file_id)
     chunks = training.files.content(file)
-    first = await context.blocking(next, chunks, b"")  # a store that fails says so before the status is sent
+    first = await context.store(next, chunks, b"")  # a store that fails says so before the status is sent
     media = "text/csv; charset=utf-8" if file.purpose == RESULT_PURPOSE else "application/octet-stream"
     headers = {"content-length": str(file.num_bytes), "x-content-type-options": "nosniff"}
-    return StreamingResponse(_from(first, chunks), media_type=media, headers=headers)
+    return StreamingResponse(_from(context, first, chunks), media_type=media, headers=headers)
 
 
-def _from(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
+async def _from(context: ApiContext, first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
+    chunk = first
+    while chunk:
+        yield chunk
+        chunk = await context.store(next, rest, b"")
 
 
 def _ttl(anchor: str | None, text: str | None) -> int | None:
@@ -107,7 +109,7 @@ def check_ttl(ttl_s: int) -> int:
 
 
 async def max_stored_bytes(context: ApiContext, tenant: str) -> int | None:
-    limits = await context.blocking(context.services.tenants.limits, tenant)
+    limits = await context.database(context.services.tenants.limits, tenant)
     return limits.max_storage_bytes
 
 

@@ -45,10 +45,10 @@ async def create_job(
     body: CreateJobBody, request: Request, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     """Make a job. With an Idempotency-Key, or as a declared retry, the same call is the same job."""
-    limits = await context.blocking(context.services.tenants.limits, caller.tenant)
+    limits = await context.database(context.services.tenants.limits, caller.tenant)
     asked = _job_request(body, request)
     create = training.fine_tuning.create
-    job = await context.blocking(create, caller.tenant, asked, max_active=limits.max_jobs)
+    job = await context.store(create, caller.tenant, asked, max_active=limits.max_jobs)
     return await _shown(context, training, job)
 
 
@@ -58,7 +58,9 @@ async def preflight(
 ) -> dict[str, Any]:
     """What creating this job would find and cost; no job is made."""
     asked = _job_request(body, request)
-    return preflight_object(await context.rendering(training.fine_tuning.preflight, caller.tenant, asked))
+    return preflight_object(
+        await context.preflight(caller.tenant, training.fine_tuning.preflight, caller.tenant, asked)
+    )
 
 
 def _job_request(body: CreateJobBody, request: Request) -> JobRequest:
@@ -80,10 +82,10 @@ async def list_jobs(
     limit: Limit = 20,
 ) -> dict[str, Any]:
     where = _metadata_filter(request)
-    page = await context.blocking(training.jobs.list, caller.tenant, after=after, limit=limit, where=where)
+    page = await context.database(training.jobs.list, caller.tenant, after=after, limit=limit, where=where)
     places: dict[str, int] = {}
     if any(job.status is JobStatus.QUEUED for job in page.items):
-        places = await context.blocking(training.jobs.queue_positions)
+        places = await context.database(training.jobs.queue_positions)
     return page_object(page, lambda job: job_object(job, places.get(job.id)))
 
 
@@ -105,7 +107,7 @@ def _metadata_filter(request: Request) -> MetadataFilter:
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
 async def retrieve_job(job_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep) -> dict[str, Any]:
-    return await _shown(context, training, await context.blocking(training.jobs.get, caller.tenant, job_id))
+    return await _shown(context, training, await context.database(training.jobs.get, caller.tenant, job_id))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/{action}")
@@ -118,13 +120,13 @@ async def change_job(
 ) -> dict[str, Any]:
     """Each may be repeated: a client repeats a call whose answer was lost."""
     acts = {"cancel": training.jobs.cancel, "pause": training.jobs.pause, "resume": training.jobs.resume}
-    return await _shown(context, training, await context.blocking(acts[action], caller.tenant, job_id))
+    return await _shown(context, training, await context.database(acts[action], caller.tenant, job_id))
 
 
 async def _shown(context: ApiContext, training: TrainingServices, job: Job) -> dict[str, Any]:
     if job.status is not JobStatus.QUEUED:
         return job_object(job)
-    places = await context.blocking(training.jobs.queue_positions)
+    places = await context.database(training.jobs.queue_positions)
     return job_object(job, places.get(job.id))
 
 
@@ -140,7 +142,7 @@ async def list_events(
     after: After = None,
     limit: Limit = 20,
 ) -> dict[str, Any]:
-    page = await context.blocking(training.jobs.events, caller.tenant, job_id, after=after, limit=limit)
+    page = await context.database(training.jobs.events, caller.tenant, job_id, after=after, limit=limit)
     return page_object(page, event_object)
 
 
@@ -156,7 +158,7 @@ async def stream_events(
     """A job's events as server-sent events, oldest first, until it is over; `Last-Event-ID` goes on after a break."""
     start = request.headers.get("last-event-id", after)
     read = training.jobs.events
-    await context.blocking(read, caller.tenant, job_id, after=start, limit=1, asc=True)  # 404 and 400 before the 200
+    await context.database(read, caller.tenant, job_id, after=start, limit=1, asc=True)  # 404 and 400 before the 200
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     lines = _event_lines(context, training, caller, job_id, start)
     return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
@@ -168,8 +170,8 @@ async def _event_lines(
     silent_s = 0.0
     while True:
         # The status is read before the events: nothing is written after the last one of a job that is over.
-        job = await context.blocking(training.jobs.get, caller.tenant, job_id)
-        page = await context.blocking(
+        job = await context.database(training.jobs.get, caller.tenant, job_id)
+        page = await context.database(
             training.jobs.events, caller.tenant, job_id, after=after, limit=STREAM_PAGE, asc=True
         )
         for event in page.items:
@@ -197,7 +199,7 @@ async def list_checkpoints(
     after: After = None,
     limit: Limit = 10,
 ) -> dict[str, Any]:
-    page = await context.blocking(training.jobs.checkpoints, caller.tenant, job_id, after=after, limit=limit)
+    page = await context.database(training.jobs.checkpoints, caller.tenant, job_id, after=after, limit=limit)
     return page_object(page, checkpoint_object)
 
 
@@ -221,7 +223,7 @@ async def list_permissions(
     order: Literal["ascending", "descending"] = "descending",
     project_id: Annotated[str | None, Query(max_length=63)] = None,
 ) -> dict[str, Any]:
-    page = await context.blocking(
+    page = await context.database(
         training.permissions.list,
         caller.tenant,
         checkpoint,
@@ -240,7 +242,7 @@ async def grant_permissions(
     for project in body.project_ids:
         if TENANT_PATTERN.fullmatch(project) is None:
             raise RequestInvalid("A project is the id of a tenant.", param="project_ids")
-    granted = await context.blocking(training.permissions.grant, caller.tenant, checkpoint, body.project_ids)
+    granted = await context.database(training.permissions.grant, caller.tenant, checkpoint, body.project_ids)
     return list_object(map(permission_object, granted), has_more=False)
 
 
@@ -248,7 +250,7 @@ async def grant_permissions(
 async def revoke_permission(
     checkpoint: str, permission_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
-    await context.blocking(training.permissions.revoke, caller.tenant, checkpoint, permission_id)
+    await context.database(training.permissions.revoke, caller.tenant, checkpoint, permission_id)
     return {"id": permission_id, "object": "checkpoint.permission", "deleted": True}
 
 

@@ -22,7 +22,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """The base first, then the caller's adapters by bare name, then fine-tuned ids."""
-    data = [base_object(context), *await context.blocking(adapter_objects, context.services.catalog, caller.tenant)]
+    data = [base_object(context), *await context.store(adapter_objects, context.services.catalog, caller.tenant)]
     return {"object": "list", "data": data}
 
 
@@ -33,7 +33,7 @@ async def retrieve_model(model: str, caller: CallerDep, context: ContextDep, fac
     if adapter is None:
         return base_object(context)
     facts.adapter, facts.digest = adapter.label, adapter.digest
-    aliases = await context.blocking(context.services.catalog.aliases, caller.tenant, adapter.name)
+    aliases = await context.store(context.services.catalog.aliases, caller.tenant, adapter.name)
     return model_object(model, adapter, aliases, owner=caller.tenant)
 
 

@@ -131,18 +131,18 @@ async def received_form(request: Request, context: ApiContext, shape: FormShape)
     if kind != b"multipart/form-data" or not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
         raise RequestInvalid("Send the body as multipart/form-data with a boundary.", param=shape.file)
     reader = _Reader(boundary, shape)
-    directory = Path(await context.blocking(tempfile.mkdtemp, dir=context.services.scratch, prefix="file-"))
+    directory = Path(await context.disk(tempfile.mkdtemp, dir=context.services.scratch, prefix="file-"))
     try:
         path = directory / "file"
         with path.open("wb") as target:
             async for chunk in request.stream():
                 reader.feed(chunk)
                 if len(reader.pending) >= FLUSH_BYTES:
-                    await context.blocking(target.write, reader.take())
-            await context.blocking(target.write, reader.take())
+                    await context.disk(target.write, reader.take())
+            await context.disk(target.write, reader.take())
         yield _form(reader, shape, path)
     finally:
-        await context.blocking(shutil.rmtree, directory, ignore_errors=True)
+        await context.disk(shutil.rmtree, directory, ignore_errors=True)
 
 
 def _form(reader: _Reader, shape: FormShape, path: Path) -> Form:

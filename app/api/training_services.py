@@ -38,7 +38,7 @@ class TrainingServices:
         return self.fine_tuning.files
 
 
-def get_training(request: Request) -> TrainingServices:
+async def get_training(request: Request) -> TrainingServices:
     training: TrainingServices = request.app.state.training
     return training
 

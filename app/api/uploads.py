@@ -144,7 +144,7 @@ async def received_upload(request: Request, context: ApiContext) -> AsyncIterato
         raise RequestInvalid("The multipart body has no boundary.")
     limits = services.limits
     form = _Form(boundary, max_config_bytes=limits.max_config_bytes, max_weights_bytes=limits.max_adapter_bytes)
-    directory = Path(await context.blocking(tempfile.mkdtemp, dir=services.scratch, prefix="upload-"))
+    directory = Path(await context.disk(tempfile.mkdtemp, dir=services.scratch, prefix="upload-"))
     try:
         weights = directory / WEIGHTS_FILE
         with weights.open("wb") as file:
@@ -155,13 +155,13 @@ async def received_upload(request: Request, context: ApiContext) -> AsyncIterato
             await _flush(context, form, file)
         yield _upload(form, weights)
     finally:
-        await context.blocking(shutil.rmtree, directory, ignore_errors=True)
+        await context.disk(shutil.rmtree, directory, ignore_errors=True)
 
 
 async def _flush(context: ApiContext, form: _Form, file: BufferedWriter) -> None:
     data, form.weights = form.weights, bytearray()
     if data:
-        await context.blocking(file.write, data)
+        await context.disk(file.write, data)
 
 
 def _upload(form: _Form, weights: Path) -> AdapterUpload:

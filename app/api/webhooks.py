@@ -55,7 +55,7 @@ async def create_endpoint(
     body: EndpointBody, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     create = training.webhooks.create
-    endpoint = await context.blocking(create, caller.tenant, body.name, body.url, body.event_types)
+    endpoint = await context.database(create, caller.tenant, body.name, body.url, body.event_types)
     return endpoint_object(endpoint, with_secret=True)
 
 
@@ -67,7 +67,7 @@ async def list_endpoints(
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
-    page = await context.blocking(training.webhooks.list, caller.tenant, after=after, limit=limit)
+    page = await context.database(training.webhooks.list, caller.tenant, after=after, limit=limit)
     return page_object(page, endpoint_object)
 
 
@@ -75,7 +75,7 @@ async def list_endpoints(
 async def retrieve_endpoint(
     endpoint_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
-    return endpoint_object(await context.blocking(training.webhooks.get, caller.tenant, endpoint_id))
+    return endpoint_object(await context.database(training.webhooks.get, caller.tenant, endpoint_id))
 
 
 @router.post("/v1/webhook_endpoints/{endpoint_id}")
@@ -83,14 +83,14 @@ async def update_endpoint(
     endpoint_id: str, body: EndpointUpdateBody, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     change = EndpointChange(body.name, body.url, body.event_types)
-    return endpoint_object(await context.blocking(training.webhooks.update, caller.tenant, endpoint_id, change))
+    return endpoint_object(await context.database(training.webhooks.update, caller.tenant, endpoint_id, change))
 
 
 @router.delete("/v1/webhook_endpoints/{endpoint_id}")
 async def delete_endpoint(
     endpoint_id: str, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
-    await context.blocking(training.webhooks.delete, caller.tenant, endpoint_id)
+    await context.database(training.webhooks.delete, caller.tenant, endpoint_id)
     return {"id": endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
 
 
@@ -104,7 +104,7 @@ async def rotate_secret(
 ) -> dict[str, Any]:
     keep_old = body is not None and body.keep_old_secret_active_for_24_hours
     rotate = training.webhooks.rotate_secret
-    endpoint = await context.blocking(rotate, caller.tenant, endpoint_id, keep_old=keep_old)
+    endpoint = await context.database(rotate, caller.tenant, endpoint_id, keep_old=keep_old)
     return endpoint_object(endpoint, with_secret=True)
 
 
@@ -113,7 +113,7 @@ async def test_endpoint(
     endpoint_id: str, body: TestBody, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     """Send a sample event and tell how the endpoint answered."""
-    status = await context.blocking(training.webhooks.test, caller.tenant, endpoint_id, body.event_type)
+    status = await context.long_work(caller.tenant, training.webhooks.test, caller.tenant, endpoint_id, body.event_type)
     return {
         "object": "webhook_endpoint.test",
         "webhook_endpoint_id": endpoint_id,
