@@ -50,8 +50,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MIN_MICRO_BATCH_TOKENS = 32
-NUM_VALID_POINTS = 20  # times in a run that a small validation batch is measured
-VALID_BATCH = 8  # examples of it
+# A small validation batch is measured so often in a run, but not more often than every few steps: it costs a third of a
+# step of as many examples.
+NUM_VALID_POINTS = 20
+MIN_STEPS_BETWEEN_VALID = 5
+VALID_BATCH = 8  # examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,8 @@ class JobRun:
         metrics: dict[str, float] = {}
         step, budget = progress.step, progress.micro_batch_tokens
         is_full = is_epoch_end or (t.config.eval_every is not None and step % t.config.eval_every == 0)
-        if is_full or step % max(1, t.config.total_steps // NUM_VALID_POINTS) == 0:
+        between = max(MIN_STEPS_BETWEEN_VALID, t.config.total_steps // NUM_VALID_POINTS)
+        if is_full or step % between == 0 or step == 1:
             few = [(step * VALID_BATCH + i) % len(held_out) for i in range(min(VALID_BATCH, len(held_out)))]
             small = yield from measure(t.adapter, held_out, max_tokens=budget, positions=few)
             metrics |= {"valid_loss": small.loss, "valid_mean_token_accuracy": small.accuracy}

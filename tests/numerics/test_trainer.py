@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 
 import app.training.trainer as trainer_module
+from adapters.errors import StoreUnavailable
 from adapters.manifest import AdapterManifest
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel, load_base_model
+from app.training import job_thread
 from app.training.adapter import new_adapter
 from app.training.batching import BatchOrder, ExampleSizes, micro_batches
 from app.training.config import TrainingConfig
@@ -300,7 +303,59 @@ def test_early_stop_publishes_the_best_epoch(rig: Rig) -> None:
     assert any(message.startswith("Stopped early") for message in rig.messages(done))
 
 
+def test_regression_file_is_measured_on_what_is_live_too(rig: Rig) -> None:
+    publish = PublishOptions(name="kept")
+    (first,) = rig.wait(rig.create(FEW, hyperparameters=FAST, publish=publish))
+    assert first.gate is not None
+    assert "regression_loss" not in first.gate
+    regression = rig.upload(FEW)
+    away = [chat_row(n) for n in range(40, 55)]  # other answers: this forgets what the first version learned
+    strong = Hyperparameters(n_epochs=4, batch_size=4, learning_rate_multiplier=60.0)
+    (second,) = rig.wait(rig.create(away, hyperparameters=strong, publish=publish, regression_file=regression))
+    assert second.gate is not None
+    assert second.gate["live_version"] == 1
+    is_worse = second.gate["regression_loss"] > second.gate["regression_live_loss"]
+    assert second.gate["passed"] == (not is_worse)
+    # On what it was trained on, the first version is well below the base.
+    assert second.gate["regression_live_loss"] < 6.0
+
+
 # ---- faults
+
+
+def test_store_that_fails_for_a_while_costs_time_and_nothing_else(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, base: BaseModel, tmp_path: Path
+) -> None:
+    want = uninterrupted(base, tmp_path / "sound", FEW, hyperparameters=FAST)
+    monkeypatch.setattr(job_thread, "RETRY_AFTER_S", (0.01,) * 3)
+    put, failures = rig.store.put, itertools.cycle([True, False, False])
+
+    def flaky(key: str, data: bytes | Path) -> None:
+        if next(failures):
+            raise StoreUnavailable("down")
+        put(key, data)
+
+    monkeypatch.setattr(rig.store, "put", flaky)
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert_same(published(rig, done), want, 0)
+
+
+def test_store_that_stays_away_gives_the_job_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_thread, "RETRY_AFTER_S", ())
+    put = rig.store.put
+
+    def down(key: str, data: bytes | Path) -> None:
+        raise StoreUnavailable("down")
+
+    monkeypatch.setattr(rig.store, "put", down)
+    job = rig.create(FEW, hyperparameters=FAST)
+    rig.wait(job, until=lambda job: job.fence >= 5)  # claimed, given back, claimed again
+    assert not rig.get(job).status.is_over
+    monkeypatch.setattr(rig.store, "put", put)
+    (done,) = rig.wait(job)
+    assert done.status is JobStatus.SUCCEEDED, done.error
+
 
 MicroStep = Callable[..., Generator[None, None, list[PartResult]]]
 
