@@ -1,8 +1,8 @@
 """Tenants, their limits and API keys: the tables, who may ask for what, and what an administrator changes.
 
 Works on the database alone, so the command line needs no running server; a running one sees changes within a second,
-since what it caches is older than `cache_ttl_s` never. All methods are thread-safe; those
-that do not `peek` block.
+since what it caches is older than `cache_ttl_s` never. All methods are thread-safe; all
+block but `peek` and `peek_limits`.
 """
 
 from __future__ import annotations

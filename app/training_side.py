@@ -24,6 +24,7 @@ from app.engine.engine import Engine
 from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
 from app.settings import Settings
 from app.training.config import TrainableBase
+from app.training.courier import Courier
 from app.training.evaluate import GreedySampler
 from app.training.files import FileLimits, FileStore
 from app.training.fine_tuning import FineTuning
@@ -72,21 +73,24 @@ class TrainingSide:
     webhooks: Webhooks
     trainer: Trainer | None
     chores: Chores
+    courier: Courier
 
     def start(self) -> None:
         if self.trainer is not None:
             self.trainer.start()
         self.chores.start()
+        self.courier.start()
 
     def close(self) -> None:
         """After the engine has stopped."""
         if self.trainer is not None:
             self.trainer.close()
+        self.courier.close()
         self.chores.close()
 
 
 class Chores:
-    """What has to be done now and then, by any process: send webhooks, drop what has expired."""
+    """What has to be done now and then, by any process: drop what has expired. Webhooks are the courier's."""
 
     def __init__(self, acts: tuple[Callable[[], object], ...], *, every_s: float = CHORES_EVERY_S) -> None:
         self._acts, self._every_s = acts, every_s
@@ -129,8 +133,8 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     webhooks = Webhooks(parts.database)
     trainer = build_trainer(parts, fine_tuning) if trains else None
     parts.engine.trainer = trainer
-    chores = Chores((webhooks.deliver_due, files.sweep, uploads.sweep))
-    return TrainingSide(fine_tuning, uploads, Permissions(parts.database), webhooks, trainer, chores)
+    chores = Chores((files.sweep, uploads.sweep))
+    return TrainingSide(fine_tuning, uploads, Permissions(parts.database), webhooks, trainer, chores, Courier(webhooks))
 
 
 def build_trainer(parts: Parts, fine_tuning: FineTuning) -> Trainer:

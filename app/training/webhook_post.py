@@ -10,10 +10,15 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from urllib.parse import urlsplit
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0  # without a byte
+WALL_S = 15.0  # for all of it, however its bytes drip
 MAX_ANSWER_BYTES = 4096
 MAX_URL_CHARS = 2048
 
@@ -30,11 +35,11 @@ class PostFailed(Exception):
 
 def check_url(url: str) -> None:
     """What can be said of a URL without looking its name up. Raises UrlRefused."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        raise UrlRefused("the port is no number") from None
+        raise UrlRefused("its host or port cannot be read") from None
     if len(url) > MAX_URL_CHARS or any(not char.isprintable() or char.isspace() for char in url) or not url.isascii():
         raise UrlRefused("the URL is too long or holds characters that belong in no URL")
     if parts.scheme != "https" or not parts.hostname:
@@ -79,25 +84,38 @@ class _Connection(http.client.HTTPSConnection):
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self.port), timeout=TIMEOUT_S)
         try:
-            self.sock = self._context_of_ours.wrap_socket(plain, server_hostname=self.host)
+            # The handshake comes after: whoever cuts the connection must find the socket while it goes on.
+            wrapped = self._context_of_ours.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
         except BaseException:
             plain.close()
             raise
+        self.sock = wrapped
+        wrapped.do_handshake()
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str], *, resolver: Resolve = resolve) -> int:
     """Send `body` and return the status; a redirect is a status like any other. Raises UrlRefused, PostFailed."""
     check_url(url)
+    until = time.monotonic() + WALL_S
     parts = urlsplit(url)
     host, port = str(parts.hostname), parts.port or 443
-    try:
-        addresses = resolver(host, port)
-    except (OSError, UnicodeError) as exc:
-        raise PostFailed("the name cannot be resolved") from exc
+    addresses = _resolved(resolver, host, port, TIMEOUT_S)
     if not addresses or not all(is_public(address) for address in addresses):
         raise UrlRefused("the name leads to an address that is not on the internet")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection = _Connection(host, port, addresses[0])
+    return exchange(connection, path, body, headers, within_s=until - time.monotonic())
+
+
+def exchange(
+    connection: http.client.HTTPConnection, path: str, body: bytes, headers: Mapping[str, str], *, within_s: float
+) -> int:
+    """POST over `connection` and close it; `within_s` bounds everything from connecting to the answer's last byte.
+
+    The sockets' own timeouts bound silence alone, and a byte now and then would hold us for ever. Raises PostFailed.
+    """
+    is_over = threading.Event()
+    threading.Thread(target=_cut_after, args=(connection, within_s, is_over), name="webhook-cut", daemon=True).start()
     try:
         connection.request("POST", path, body=body, headers=dict(headers))
         answer = connection.getresponse()
@@ -106,4 +124,33 @@ def post(url: str, body: bytes, headers: Mapping[str, str], *, resolver: Resolve
     except (OSError, http.client.HTTPException) as exc:
         raise PostFailed(type(exc).__name__) from exc
     finally:
+        is_over.set()
         connection.close()
+
+
+def _cut_after(connection: http.client.HTTPConnection, seconds: float, is_over: threading.Event) -> None:
+    """Shut the connection down under its reader, who then sees its end; again, in case it only comes to be now."""
+    is_over.wait(seconds)
+    while not is_over.is_set():
+        sock = connection.sock
+        if sock is not None:
+            with suppress(OSError):  # over already
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        is_over.wait(0.1)
+
+
+def _resolved(resolver: Resolve, host: str, port: int, within_s: float) -> Sequence[str]:
+    """Look a name up, in a thread of its own: the system's resolver takes no time limit. Raises PostFailed."""
+    found: Future[Sequence[str]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(resolver(host, port))
+        except Exception as exc:
+            found.set_exception(exc)
+
+    threading.Thread(target=look_up, name="webhook-name", daemon=True).start()
+    try:
+        return found.result(within_s)
+    except (OSError, UnicodeError) as exc:  # TimeoutError is an OSError
+        raise PostFailed("the name cannot be resolved") from exc

@@ -1,7 +1,7 @@
 """Webhooks: endpoints that tenants name, and signed messages to them when a job is over. At least once each.
 
 A message is put in the outbox in the transaction that ends the job (`job_rows.move`), so it exists if and only if the
-job is over; `deliver_due` sends what is due. All calls block; thread-safe.
+job is over; `deliver` sends what is due, for `app.training.courier`. All calls block; thread-safe.
 """
 
 from __future__ import annotations
@@ -71,6 +71,16 @@ class EndpointChange:
     name: str | None = None
     url: str | None = None
     event_types: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DueMessage:
+    """A message to be sent now, after so many attempts."""
+
+    id: str
+    num_attempts: int
+    endpoint_id: str
+    tenant: str
 
 
 class Webhooks:
@@ -161,17 +171,20 @@ class Webhooks:
             message = "The endpoint cannot be reached."
             raise RequestInvalid(message, param="url", code="webhook_unreachable") from exc
 
-    def deliver_due(self, limit: int = 100) -> int:
-        """Send messages whose time has come; return how many were tried. Any number of processes may do so."""
+    def due(self, limit: int = 1000) -> Sequence[DueMessage]:
+        """The oldest message of each endpoint whose time has come. Any number of processes may look and deliver."""
         table = tables.webhook_deliveries
         due = (table.c.status == "due") & (table.c.due_at <= self._wall())
+        first = sa.select(sa.func.min(table.c.seq)).where(due).group_by(table.c.endpoint_id)
+        query = sa.select(table.c.id, table.c.num_attempts, table.c.endpoint_id, table.c.tenant)
         with reading(self._engine) as connection:
-            query = sa.select(table.c.id, table.c.num_attempts).where(due)
-            rows = connection.execute(query.order_by(table.c.seq).limit(limit)).all()
-        return sum(self._deliver(message_id, num_attempts) for message_id, num_attempts in rows)
+            rows = connection.execute(query.where(table.c.seq.in_(first)).order_by(table.c.seq).limit(limit)).all()
+        return [DueMessage(*row) for row in rows]
 
-    def _deliver(self, message_id: str, num_attempts: int) -> bool:
-        """One attempt. The next one's time is set first: if this process dies, another sends the message again."""
+    def deliver(self, message: DueMessage) -> bool:
+        """One attempt; False when another process makes it. The next one's time is set first: if this process dies,
+        another sends the message again."""
+        message_id, num_attempts = message.id, message.num_attempts
         table, endpoints = tables.webhook_deliveries, tables.webhook_endpoints
         same = (table.c.id == message_id) & (table.c.num_attempts == num_attempts)
         is_last = num_attempts >= len(RETRY_AFTER_S)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,10 +16,11 @@ from openai import OpenAI
 
 from app.database import migrate, open_database, writing
 from app.errors import RequestInvalid
-from app.training import tables
+from app.training import tables, webhook_post
+from app.training.courier import Courier
 from app.training.jobs import JobStore, NewJob
 from app.training.spec import JobSpec, PinnedFile
-from app.training.webhook_post import PostFailed, UrlRefused, check_url, is_public, post
+from app.training.webhook_post import PostFailed, UrlRefused, check_url, exchange, is_public, post
 from app.training.webhooks import RETRY_AFTER_S, EndpointChange, Webhooks
 
 Sent = tuple[str, bytes, Mapping[str, str]]
@@ -43,6 +49,9 @@ class World:
             raise PostFailed
         return self.status
 
+    def deliver(self) -> int:
+        return sum(self.webhooks.deliver(message) for message in self.webhooks.due())
+
     def end_a_job(self) -> str:
         job = self.jobs.create("acme", NewJob(JobSpec("m", PinnedFile("file-1", "0", 1)), asked={}))
         return self.jobs.cancel("acme", job.id).id
@@ -68,8 +77,8 @@ def test_end_of_a_job_is_told_to_who_asked(world: World, monkeypatch: pytest.Mon
     world.webhooks.create("acme", "other", "https://example.com/other", ["fine_tuning.job.succeeded"])
     world.webhooks.create("bolt", "theirs", "https://example.com/theirs", [CANCELLED])
     job_id = world.end_a_job()
-    assert world.webhooks.deliver_due() == 1
-    assert world.webhooks.deliver_due() == 0
+    assert world.deliver() == 1
+    assert world.deliver() == 0
     (sent,) = world.sent
     assert sent[0] == endpoint.url
     event = unwrap(endpoint.secret, sent, monkeypatch, world.now)
@@ -81,14 +90,14 @@ def test_failed_message_is_sent_again_with_the_same_id_and_a_new_signature(world
     world.end_a_job()
     for status, wait in zip((500, None, 302, 410, 500, 500, 503), (*RETRY_AFTER_S, 1e6), strict=True):
         world.status = status
-        assert world.webhooks.deliver_due() == 1
+        assert world.deliver() == 1
         world.now += wait - 1
-        assert world.webhooks.deliver_due() == 0
+        assert world.deliver() == 0
         world.now += 1
     assert len(world.sent) == 7
     assert len({headers["webhook-id"] for _, _, headers in world.sent}) == 1
     assert len({headers["webhook-timestamp"] for _, _, headers in world.sent}) == 7
-    assert world.webhooks.deliver_due() == 0  # given up
+    assert world.deliver() == 0  # given up
 
 
 def test_rotated_secret_signs_beside_the_old_one_for_a_day(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,3 +169,76 @@ def test_name_that_leads_inside_is_refused_before_connecting(address: str) -> No
 def test_public_addresses_are_public() -> None:
     assert is_public("93.184.216.34")
     assert is_public("2606:2800:220:1:248:1893:25c8:1946")
+
+
+def test_answer_that_drips_is_cut_in_wall_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            peer, _ = listener.accept()
+            with peer, suppress(OSError):
+                peer.recv(4096)
+                for _ in range(200):
+                    peer.sendall(b"H")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        connection = http.client.HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=5)
+        began = time.monotonic()
+        with pytest.raises(PostFailed):
+            exchange(connection, "/", b"{}", {}, within_s=0.3)
+        assert time.monotonic() - began < 3
+
+
+def test_name_server_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_post, "TIMEOUT_S", 0.05)
+    go = threading.Event()
+
+    def silent(host: str, port: int) -> list[str]:
+        go.wait(10)
+        return ["8.8.8.8"]
+
+    with pytest.raises(PostFailed):
+        post("https://example.com/", b"", {}, resolver=silent)
+    go.set()
+
+
+def test_endpoint_that_hangs_holds_up_neither_others_nor_its_second_message(world: World) -> None:
+    go, reached = threading.Event(), threading.Event()
+    sent: list[str] = []
+
+    def send(url: str, body: bytes, headers: Mapping[str, str]) -> int:
+        if "slow" in url:
+            sent.append("slow")
+            go.wait(10)
+        else:
+            reached.set()
+        return 200
+
+    webhooks = Webhooks(world.engine, send=send, wall=lambda: world.now)
+    webhooks.create("acme", "slow", "https://slow.example.com/", [CANCELLED])
+    world.end_a_job()
+    world.end_a_job()
+    courier = Courier(webhooks, every_s=0.01)
+    courier.start()
+    try:
+        webhooks.create("acme", "quick", "https://quick.example.com/", [CANCELLED])
+        world.end_a_job()
+        assert reached.wait(5)
+        time.sleep(0.05)  # rounds in which a second one could have gone out
+        assert sent == ["slow"]
+        go.set()
+        until = time.monotonic() + 5
+        while len(sent) < 3:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        go.set()
+        courier.close()
+    assert webhooks.due() == []
+
+
+@pytest.mark.parametrize("url", ["https://[::1", "https://[x]/", "https://a:b/"])
+def test_url_that_cannot_be_read_is_refused_as_input(world: World, url: str) -> None:
+    with pytest.raises(RequestInvalid):
+        world.webhooks.create("acme", "mine", url, [CANCELLED])
