@@ -72,7 +72,8 @@ class Segment:
 class PoolTensors:
     """`A [R, I]` and `B [R, O]` per target linear, in the compute dtype, scaling folded into B.
 
-    Invariant: rows that no adapter holds, and rows past an adapter's rank in a linear it does not fill, are zero.
+    Invariant: within an adapter's rows, what it does not fill is zero. Rows that nobody holds keep old numbers, which
+    reach no token.
     """
 
     def __init__(
@@ -107,14 +108,17 @@ class PoolTensors:
                 self.b[i][row + rank : stop].zero_()
         return touched
 
-    def clear(self, row: int, count: int) -> None:
-        for pool in (*self.a, *self.b):
-            pool[row : row + count].zero_()
-
     def move(self, src: int, dst: int, count: int) -> None:
-        """Copy rows [src, src + count) to [dst, …); the ranges may overlap."""
+        """Copy rows [src, src + count) down to [dst, …), dst < src; the ranges may overlap.
+
+        In pieces that do not, so that nothing is allocated: a move that failed half-way would leave torn rows.
+        """
+        assert dst < src, "rows only move down"
+        step = src - dst
         for pool in (*self.a, *self.b):
-            pool[dst : dst + count] = pool[src : src + count].clone()
+            for at in range(0, count, step):
+                end = min(at + step, count)
+                pool[dst + at : dst + end] = pool[src + at : src + end]
 
     def plan(self, segments: Sequence[Segment], *, long_segment: int) -> PooledPlan | None:
         """Lay out one step; None when no token has an adapter.

@@ -70,7 +70,7 @@ class _Entry:
     last_used: int
     leases: int = 0
     is_pinned: bool = False
-    is_dropped: bool = False  # nobody can lease it any more; its last release frees the rows
+    is_dropped: bool = False  # its last release frees the rows, unless it is leased anew before
 
     @property
     def is_idle(self) -> bool:
@@ -129,10 +129,15 @@ class RankPool:
         return None if entry is None else entry.extent
 
     def lease(self, key: AdapterKey) -> Extent | None:
-        """Look up and lease in one act; None if it is not resident (or was dropped). Each lease needs one `release`."""
+        """Look up and lease in one act; None if it is not resident. Each lease needs one `release`.
+
+        A dropped adapter whose rows others still lease is kept after all: the key is its content, so its rows are
+        right, and a request that had to wait for the old leases would hold up everybody else's.
+        """
         entry = self._entries.get(key)
-        if entry is None or entry.is_dropped:
+        if entry is None:
             return None
+        entry.is_dropped = False
         self._change(entry, leases=entry.leases + 1)
         entry.last_used = next(self._clock)
         return entry.extent
@@ -150,16 +155,14 @@ class RankPool:
     def place(self, key: AdapterKey, rank: int) -> Placement | None:
         """Give a new adapter its rows: free ones first, then compaction, then eviction of the least recently used.
 
-        Returns None, and changes nothing, when leases and pins leave no room now, or when the key's dropped rows are
-        still leased. The new adapter is not leased: lease it before the next `place`, which might evict it.
+        Returns None, and changes nothing, when leases and pins leave no room now. The new adapter is not leased: lease
+        it before the next `place`, which might evict it.
         Raises ValueError for a rank that the pool can never hold, and for a key that is resident.
         """
         if not self.fits(rank):
             raise ValueError(f"an adapter of rank {rank} cannot fit a rank pool of {self.num_rows} rows")
         present = self._entries.get(key)
         if present is not None:
-            if present.is_dropped:
-                return None
             raise ValueError(f"{key!r} is resident: lease it")
         if not self.can_place(rank):
             return None
@@ -195,7 +198,7 @@ class RankPool:
     def drop(self, key: AdapterKey) -> bool:
         """Take an adapter out, pinned or not. True: its rows are free now (or it had none).
 
-        False: it is leased; nobody can lease it any more and its last release frees the rows.
+        False: it is leased, and its last release frees the rows unless somebody leases it anew before.
         """
         entry = self._entries.get(key)
         if entry is None:

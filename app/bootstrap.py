@@ -27,7 +27,7 @@ from app.api.training_services import TrainingServices
 from app.chat import Renderer
 from app.database import migrate, open_database
 from app.engine.assembly import EngineConfig, assemble_engine
-from app.engine.base_model import BaseModel, load_base_model, use_threads
+from app.engine.base_model import BaseModel, BaseModelUnsupported, load_base_model, use_threads
 from app.engine.engine import Engine
 from app.logs import configure_logging
 from app.machine import is_loopback
@@ -113,6 +113,9 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     )
     store_calls.target = metrics.store_call
     renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
+    if len(renderer.tokens) > base.shapes.vocab_size:
+        known, given = base.shapes.vocab_size, len(renderer.tokens)
+        raise BaseModelUnsupported(f"the tokenizer has {given} tokens and the model's embedding {known}")
     scratch = _directory(data_dir / "scratch")
     parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
     training = build_training(parts, trains=settings.training == "auto")

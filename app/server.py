@@ -129,10 +129,12 @@ class _Drain:
 
 
 def _watch(engine: Engine, dead_after_s: float) -> None:
-    """End the process when the engine thread has been silent for too long: a restart is the only cure."""
-    while engine.is_running:
-        if time.monotonic() - engine.heartbeat > dead_after_s:
-            logger.critical("engine is stuck", extra={"action": "watchdog", "seconds": dead_after_s})
+    """End the process when the engine thread has ended or has been silent for too long: a restart is the only cure."""
+    while not engine.is_ending:
+        is_stuck = time.monotonic() - engine.heartbeat > dead_after_s
+        if is_stuck or not engine.is_running:
+            reason = "stuck" if is_stuck else "ended"
+            logger.critical("engine is lost", extra={"action": "watchdog", "reason": reason, "seconds": dead_after_s})
             faulthandler.dump_traceback(all_threads=True)
             os._exit(EXIT_WATCHDOG)
         time.sleep(min(1.0, dead_after_s / 10))

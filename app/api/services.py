@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from adapters.checked import CheckedAdapter
 from adapters.manifest import AdapterManifest, BaseModelSpec
 from app.api.training_services import TrainingServices
-from app.engine.sequence import Event, Request
+from app.engine.sequence import Event, Request, Warmed
 from app.metrics import Metrics, ServingSnapshot
 from app.rate_limits import RateLimiter
 from app.tenants import Tenants
@@ -32,8 +32,8 @@ class EnginePort(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request within two steps; an unknown or finished id is fine. A Finished event follows."""
 
-    def warm(self, manifest: AdapterManifest, *, pin: bool = False) -> Future[Any]:
-        """Make an adapter resident; the future fails with an AdapterError or ServerBusy."""
+    def warm(self, manifest: AdapterManifest, *, pin: bool = False) -> Future[Warmed]:
+        """Make an adapter resident; the future fails with an AdapterError or EngineNotReady."""
 
     def unpin(self, key: tuple[str, str]) -> Future[Any]:
         """Let a pinned adapter be evicted again; an adapter that is not pinned is fine."""

@@ -114,16 +114,17 @@ class Admission:
         self._limits = limits
         self._long_tokens = max(1, limits.max_batch_tokens // LONG_PART)
 
-    def run(self, now: float, share_of: ShareOf) -> AdmissionPass:
-        """Start as many waiting sequences as may start now."""
-        walk = AdmissionPass(now)
+    def run(
+        self, now: float, share_of: ShareOf, *, admitted: list[Sequence], failed: list[tuple[Sequence, Exception]]
+    ) -> None:
+        """Start as many waiting sequences as may start now; both lists are added to."""
+        walk = AdmissionPass(now, admitted=admitted, failed=failed)
         if not self._queues.num_waiting:
-            return walk
+            return
         for seq in self._running:
             self._count(walk, seq)
         if self._start_starved(walk, share_of):
             self._start_by_turns(walk, share_of)
-        return walk
 
     def vacate(self, seq: Sequence) -> None:
         """Give blocks and lease back. The one place where either happens."""

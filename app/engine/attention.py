@@ -143,10 +143,10 @@ class PagedStep:
 
     def _pad(self, members: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         longest = max(len(places) for _, places in members)
-        index = torch.zeros(len(members), longest, dtype=torch.long)
+        # Padded with a place of its own: a masked NaN is still a NaN, and must not come from somebody else's block.
+        index = torch.stack([F.pad(places, (0, longest - len(places)), value=int(places[-1])) for _, places in members])
         bias = torch.full((len(members), 1, 1, longest), float("-inf"))
         for i, (_, places) in enumerate(members):
-            index[i, : len(places)] = places
             bias[i, ..., : len(places)] = 0
         tokens = torch.tensor([token for token, _ in members])
         return tokens.to(self._device), index.to(self._device), bias.to(self._device, self._pool.tensor.dtype)

@@ -259,6 +259,13 @@ def _require_supported(config: Any) -> None:
         types = set(getattr(config, "layer_types", None) or ())
         if types - {"full_attention", "sliding_attention"} or getattr(config, "attn_logit_softcapping", None):
             raise BaseModelUnsupported(f"{config.model_type}: only full softmax attention is supported")
+    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping", "embedding_multiplier"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise BaseModelUnsupported(f"{config.model_type}: {name} is not supported")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        # They look at the longest position of a batch, so a token would depend on its neighbours.
+        raise BaseModelUnsupported(f"{config.model_type}: rope type {rope} is not supported")
     if not hasattr(config, "num_key_value_heads"):
         raise BaseModelUnsupported(f"{config.model_type} is not a Llama-like decoder")
 
@@ -313,9 +320,28 @@ def _wrap(
     )
     names = {served, *spellings, getattr(config, "_name_or_path", "") or ""} - {""}
     spec = BaseModelSpec(served, digest, tuple(sorted(names)), linears)
-    return BaseModel(
+    base = BaseModel(
         model, spec, shapes, context, attention, device, dtype, quantization, directory, _eos_ids(model, directory)
     )
+    _check_layer_by_layer(base)
+    return base
+
+
+@torch.inference_mode()
+def _check_layer_by_layer(base: BaseModel) -> None:
+    """See that embedding, layers, norm and head, called one by one as training calls them, are the whole model.
+
+    An architecture that does more between them (scales, shares, offsets) would be served or trained wrongly in silence.
+    """
+    ids = torch.arange(8, device=base.device)[None] % base.shapes.vocab_size
+    positions = torch.arange(8, device=base.device)[None]
+    whole = base.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+    hidden, rotary = base.embed_and_rotate(ids, positions)
+    for index in range(base.shapes.num_layers):
+        hidden = base.run_layer(index, hidden, rotary, positions)
+    tolerance = 1e-3 if base.dtype == torch.float32 else 5e-2
+    if (base.logits(hidden[0]) - whole).norm() > tolerance * whole.norm():
+        raise BaseModelUnsupported(f"{base.spec.id} computes more than embedding, layers, norm and head")
 
 
 def _eos_ids(model: Any, directory: Path) -> frozenset[int]:

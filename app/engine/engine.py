@@ -9,10 +9,12 @@ Hence no locks in the core.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -36,6 +38,7 @@ from app.engine.sequence import (
     Sequence,
     Timings,
     Token,
+    Warmed,
 )
 from app.engine.snapshot import EngineSnapshot, StepCounters
 from app.engine.stopping import finish_reason_after
@@ -55,6 +58,7 @@ T = TypeVar("T")
 Sink = Callable[[list[Event]], None]
 
 IDLE_WAIT_S = 0.25  # how long an idle engine sleeps between heartbeats
+FETCH_WAIT_S = 0.005  # how long it sleeps while all it could run waits for adapters; an arrival wakes it at once
 SNAPSHOT_EVERY_S = 0.02
 MAX_FAILURES_IN_A_ROW = 5
 
@@ -86,6 +90,13 @@ class _Call:
     future: concurrent.futures.Future[Any]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """CPUs say it in words of their own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 class Engine:
     """Runs requests on the base model. Public methods may be called from any thread."""
 
@@ -108,8 +119,10 @@ class Engine:
         self.trainer: TrainingStepper | None = None
         self._sinks: dict[str, Sink] = {}
         self._outbox: dict[Sink, list[Event]] = {}
-        self._queued = 0  # submitted and not yet absorbed; guarded by the one lock of this file
-        self._submit_lock = threading.Lock()
+        self._queued: Counter[str] = Counter()  # submitted and not yet absorbed, by tenant; guarded by the lock
+        self._is_closed = False  # nobody reads the inbox any more; guarded by the lock
+        self._warming: set[concurrent.futures.Future[Warmed]] = set()
+        self._inbox_lock = threading.Lock()
         self._draining = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -135,49 +148,74 @@ class Engine:
         """
         if self._draining:
             raise ServerDraining()
-        if self._thread is None or self._stopped.is_set():
+        if not self.is_running:
             raise EngineNotReady()
-        with self._submit_lock:
-            self._scheduler.check_submit(request, inbox=self._queued)
-            self._queued += 1
-        self._inbox.put(_Submit(request, sink))
+        with self._inbox_lock:
+            if self._is_closed:
+                raise EngineNotReady()
+            waiting = self._queued.total()
+            self._scheduler.check_submit(request, inbox=waiting, inbox_of_tenant=self._queued[request.tenant])
+            self._queued[request.tenant] += 1
+            self._inbox.put(_Submit(request, sink))
 
     def cancel(self, request_id: str) -> None:
         """End a request within two steps; a Finished(CANCELLED) follows if it had not ended. May be repeated."""
         self._inbox.put(_Cancel(request_id))
 
     def call(self, run: Callable[[], T]) -> concurrent.futures.Future[T]:
-        """Run a function in the engine thread between two steps."""
+        """Run a function in the engine thread between two steps; EngineNotReady once that has ended."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._inbox.put(_Call(run, future))
+        with self._inbox_lock:
+            if not self._is_closed:
+                self._inbox.put(_Call(run, future))
+                return future
+        future.set_exception(EngineNotReady())
         return future
 
-    def warm(self, manifest: AdapterManifest, *, pin: bool = False) -> concurrent.futures.Future[str]:
-        """Make an adapter resident ahead of its first request; the result is the tier where it was found."""
-        future: concurrent.futures.Future[str] = concurrent.futures.Future()
+    def warm(self, manifest: AdapterManifest, *, pin: bool = False) -> concurrent.futures.Future[Warmed]:
+        """Make an adapter resident ahead of its first request."""
+        future: concurrent.futures.Future[Warmed] = concurrent.futures.Future()
 
-        def place(adapter: HostAdapter | None, error: AdapterError | None, tier: str) -> None:
-            key = (manifest.tenant, manifest.digest)
-            if error is not None:
-                future.set_exception(error)
-                return
-            self._residency.new_step()
-            self._residency.arrived(Arrival(manifest, adapter, None, tier))
-            if pin and self._residency.pool.extent_of(key) is not None:
-                self._residency.pool.pin(key)
-            future.set_result(tier)
+        def answer(run: Callable[[], Warmed]) -> None:
+            try:
+                future.set_result(run())
+            except Exception as exc:
+                future.set_exception(exc)
 
         def fetched(_: AdapterManifest, adapter: HostAdapter | None, error: AdapterError | None, tier: str) -> None:
-            self.call(lambda: place(adapter, error, tier))
+            arrival = Arrival(manifest, adapter, error, tier)
+            self._tell(self.call(lambda: answer(lambda: self._warm_arrived(arrival, pin=pin))), future)
 
         def begin() -> None:
+            self._warming.add(future)
+            future.add_done_callback(self._warming.discard)
             if self._residency.pool.extent_of((manifest.tenant, manifest.digest)) is not None:
-                place(None, None, "pool")
+                answer(lambda: self._warm_arrived(Arrival(manifest, None, None, "pool"), pin=pin))
             else:
                 self._residency.warm(manifest, fetched)
 
-        self.call(begin)
+        self._tell(self.call(begin), future)
         return future
+
+    @staticmethod
+    def _tell(call: concurrent.futures.Future[None], future: concurrent.futures.Future[Warmed]) -> None:
+        """Let `future` fail when the call that was to answer it could not be made."""
+
+        def pass_on(done: concurrent.futures.Future[None]) -> None:
+            error = done.exception()
+            if error is not None and not future.done():
+                future.set_exception(error)
+
+        call.add_done_callback(pass_on)
+
+    def _warm_arrived(self, arrival: Arrival, *, pin: bool) -> Warmed:
+        if arrival.error is not None:
+            raise arrival.error
+        self._residency.new_step()
+        self._residency.arrived(arrival)
+        pool = self._residency.pool
+        is_resident = pool.extent_of(arrival.key) is not None
+        return Warmed(arrival.tier, is_resident, is_resident and pin and pool.pin(arrival.key))
 
     def unpin(self, key: Key) -> concurrent.futures.Future[bool]:
         return self.call(lambda: self._residency.pool.unpin(key))
@@ -187,14 +225,14 @@ class Engine:
         return self.call(lambda: self._residency.unload(key))
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, let accepted ones finish for `timeout_s`, fail the rest; True when all finished."""
+        """Refuse new requests and wait up to `timeout_s` for accepted ones to finish; True when all did."""
         self._draining = True
         until = self._clock() + timeout_s
-        while self._clock() < until and self.is_running:
+        while (left := until - self._clock()) > 0 and self.is_running:
             try:
-                if self.call(lambda: not self._sinks).result(timeout=max(until - self._clock(), 0.1) + 1):
+                if self.call(lambda: not self._sinks).result(timeout=left):
                     return True
-            except TimeoutError:  # a step that takes longer than the time that was left
+            except (TimeoutError, EngineNotReady):  # a step longer than the time that is left, or the thread's end
                 return False
             self._stopped.wait(0.02)
         return False
@@ -202,12 +240,15 @@ class Engine:
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread; every request that is left gets a Finished with ServerDraining."""
         self._draining = True
-        if self._thread is None:
-            return
-        if self.is_running:
-            self.call(self._fail_everything)
         self._stopped.set()
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._inbox.put(_Call(lambda: None, concurrent.futures.Future()))  # wakes it
+            self._thread.join(timeout_s)
+
+    @property
+    def is_ending(self) -> bool:
+        """True once it was told to drain or to stop."""
+        return self._draining
 
     @property
     def is_running(self) -> bool:
@@ -216,26 +257,54 @@ class Engine:
     # ---- the engine thread
 
     def _loop(self) -> None:
-        while not self._stopped.is_set():
-            self.heartbeat = self._clock()
-            busy = self._scheduler.has_work or self._wants_training()
-            self._absorb(wait_s=0.0 if busy else IDLE_WAIT_S)
-            try:
-                self.step()
-                self._train()
+        try:
+            while not self._stopped.is_set():
+                self._turn()
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        """Absorb, step, train. Nothing that goes wrong in one turn ends the thread, but turns that all fail do."""
+        self.heartbeat = self._clock()
+        try:
+            self._absorb(self._wait_s())
+            if self.step():
                 self._failures_in_a_row = 0
-            except Exception:
-                logger.exception("engine step failed", extra={"action": "engine_step_failed"})
-                self._failures_in_a_row += 1
-                self._fail_everything()
-                if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                    logger.critical("engine gives up", extra={"action": "engine_stopped"})
-                    self._stopped.set()
-        self._absorb(wait_s=0.0)
+            self._train()
+        except Exception:
+            logger.exception("engine step failed", extra={"action": "engine_step_failed"})
+            self._failures_in_a_row += 1
+            self._fail_everything()
+            self._residency.reset_if_torn()
+        if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
+            logger.critical("engine gives up", extra={"action": "engine_stopped"})
+            self._stopped.set()
+
+    def _wait_s(self) -> float:
+        if self._scheduler.has_running or self._wants_training():
+            return 0.0
+        return FETCH_WAIT_S if self._scheduler.has_work else IDLE_WAIT_S
+
+    def _end(self) -> None:
+        """Answer everybody who still waits: sequences, what lies in the inbox, warm-ups."""
+        with self._inbox_lock:
+            self._is_closed = True
+        self._stopped.set()
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(message, _Submit):
+                self._take(message)
+            elif isinstance(message, _Call) and message.future.set_running_or_notify_cancel():
+                message.future.set_exception(EngineNotReady())
+        for future in list(self._warming):
+            future.set_exception(EngineNotReady())
         self._fail_everything()
 
-    def step(self) -> None:
-        """One step; does nothing when no sequence can run."""
+    def step(self) -> bool:
+        """One step; True when it computed something. Does nothing when no sequence can run."""
         now = self._clock()
         self._residency.new_step()
         self._residency.keep_parked(self._scheduler.waiting_keys)
@@ -243,12 +312,13 @@ class Engine:
             self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
         batch = self._scheduler.schedule(now)
         self._emit_admissions()
-        if batch.chunks:
-            self._run_and_commit(batch)
+        has_run = bool(batch.chunks) and self._run_and_commit(batch)
+        if has_run:
             self.counters.observe(batch, self._clock() - now)
         self._flush()
         if now - self._last_snapshot > SNAPSHOT_EVERY_S or not self._scheduler.has_work:
             self.snapshot = self._take_snapshot()
+        return has_run
 
     def _absorb(self, wait_s: float) -> None:
         """Take everything out of the inbox; when idle, wait for the first message."""
@@ -263,8 +333,10 @@ class Engine:
     def _take(self, message: _Submit | _Cancel | _Call | Arrival) -> None:
         match message:
             case _Submit(request, sink):
-                with self._submit_lock:
-                    self._queued -= 1
+                with self._inbox_lock:
+                    self._queued[request.tenant] -= 1
+                    if not self._queued[request.tenant]:
+                        del self._queued[request.tenant]
                 self._sinks[request.id] = sink
                 self._scheduler.add(Sequence(request))
                 if request.adapter is not None:
@@ -285,27 +357,43 @@ class Engine:
                     except Exception as exc:  # the caller's, through its future
                         future.set_exception(exc)
 
-    def _run_and_commit(self, batch: Batch) -> None:
-        sampled = self._run(batch)
+    def _run_and_commit(self, batch: Batch) -> bool:
+        """Run a batch and book it; False when not one sequence of it could be run."""
+        culprits: list[tuple[Sequence, Exception]] = []
+        sampled = self._run(batch, culprits)
+        for sequence, error in culprits:
+            self._finish(sequence, FinishReason.ERROR, error)
         self._scheduler.commit(batch, {k: s.token for k, s in sampled.items() if s.is_finite})
         for chunk in batch.chunks:
             result = sampled.get(chunk.sequence.id)
             if result is not None:
                 self._after_token(chunk.sequence, result)
+        if len(culprits) == len(batch.chunks):
+            self._failures_in_a_row += 1  # perhaps it is not they: a device that is lost fails whoever comes
+            return False
+        return True
 
-    def _run(self, batch: Batch) -> Mapping[str, Sampled]:
-        """Run a batch; out of memory, run its halves, and fail the one sequence that does not even fit alone."""
+    def _run(self, batch: Batch, culprits: list[tuple[Sequence, Exception]]) -> Mapping[str, Sampled]:
+        """Run a batch; if it fails, run its halves: whoever fails alone is the culprit, and nobody else suffers.
+
+        Running a part again is harmless: it writes the same K and V to the same places.
+        """
         try:
             return self._runner.run(batch, self._residency.rows_of)
-        except torch.OutOfMemoryError:
-            self.counters.out_of_memory += 1
-            torch.cuda.empty_cache()
-        if len(batch.chunks) == 1:
-            self._finish(batch.chunks[0].sequence, FinishReason.ERROR, OutOfMemory())
-            return {}
+        except Exception as exc:
+            out_of_memory = is_out_of_memory(exc)
+            if out_of_memory:
+                self.counters.out_of_memory += 1
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            else:
+                logger.exception("batch failed", extra={"action": "batch_failed", "count": len(batch.chunks)})
+            if len(batch.chunks) == 1:
+                culprits.append((batch.chunks[0].sequence, OutOfMemory() if out_of_memory else InternalError()))
+                return {}
         half = len(batch.chunks) // 2
-        parts = (Batch(batch.chunks[:half]), Batch(batch.chunks[half:]))
-        return {**self._run(parts[0]), **self._run(parts[1])}
+        first = self._run(Batch(batch.chunks[:half]), culprits)
+        return {**first, **self._run(Batch(batch.chunks[half:]), culprits)}
 
     def _after_token(self, sequence: Sequence, result: Sampled) -> None:
         if not result.is_finite:
@@ -357,8 +445,17 @@ class Engine:
     def _fail_everything(self) -> None:
         """End every sequence with an error: the engine stops, or a step failed and no single one is to blame."""
         error: LodgerError = ServerDraining() if self._draining else InternalError()
-        for sequence in self._scheduler.clear():
-            self._emit_finished(sequence, FinishReason.ERROR, error)
+        try:
+            left = self._scheduler.clear()
+        except Exception:  # books that disagree cannot be mended here; at least nobody waits for ever
+            logger.critical("books disagree", extra={"action": "books_broken"}, exc_info=True)
+            self._stopped.set()
+            for request_id in list(self._sinks):
+                self._emit(request_id, Finished(request_id, FinishReason.ERROR, copy.copy(error)))
+            self._sinks.clear()
+            left = []
+        for sequence in left:
+            self._emit_finished(sequence, FinishReason.ERROR, copy.copy(error))  # each is raised in a task of its own
         self._flush()
 
     # ---- events
@@ -395,7 +492,11 @@ class Engine:
             if self._training_credit_s < self._quantum_s:
                 return
         started = self._clock()
-        self.trainer.quantum()
+        try:
+            self.trainer.quantum()
+        except Exception:  # a job's faults end in the trainer; this is its own, and serving goes on without it
+            logger.critical("training stopped", extra={"action": "trainer_failed"}, exc_info=True)
+            self.trainer = None
         took = self._clock() - started
         self._quantum_s = took if not self._quantum_s else 0.8 * self._quantum_s + 0.2 * took
         self._training_credit_s = min(max(self._training_credit_s - took, -took), took)

@@ -57,9 +57,9 @@ class ModelRunner:
         )
         positions = torch.cat([torch.arange(c.start, c.start + c.count) for c in batch.chunks])[None].to(device)
         spans = [Span(c.start, c.count, c.sequence.blocks) for c in batch.chunks]
-        base.attention.mode = paged_step(self._kv, spans, heads=base.shapes.num_heads)
-        base.lora.plan = self._pool.plan(_segments(batch, rows_of), long_segment=self._long_segment)
         try:
+            base.attention.mode = paged_step(self._kv, spans, heads=base.shapes.num_heads)
+            base.lora.plan = self._pool.plan(_segments(batch, rows_of), long_segment=self._long_segment)
             hidden: Tensor = base.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         finally:
             base.lora.plan = None

@@ -86,6 +86,7 @@ class Residency:
         # Copying an adapter into the pool takes some milliseconds that every running sequence waits for.
         self._placements_per_step = placements_per_step
         self._placements_left = placements_per_step
+        self._is_torn = False
         self.placements = 0
 
     def new_step(self) -> None:
@@ -166,9 +167,17 @@ class Residency:
         self._forget(key)
         return True
 
+    def reset_if_torn(self) -> None:
+        """After a copy into the pool failed half-way: forget all that is in it, since no row can be trusted."""
+        if self._is_torn:
+            for resident in self.pool.resident():
+                self.unload(resident.key)
+            self._is_torn = False
+
     def quarantine(self, key: Key) -> None:
         """Never serve this digest again in this process: it made values that are not finite."""
         self._quarantined.add(key)
+        self.unload(key)  # its rows fall free with its last lease
         self._loader.quarantine(key)
 
     @property
@@ -195,9 +204,11 @@ class Residency:
             return False
         for evicted in placement.evicted:
             self._forget(evicted)
+        self._is_torn = True  # until the rows are what the books already say
         for move in placement.moves:
             self._tensors.move(move.src, move.dst, move.count)
         self._linears[key] = self._tensors.write(placement.extent.start, host)
+        self._is_torn = False
         self._manifests[key] = manifest
         self._parked.pop(key, None)
         self._placements_left -= 1

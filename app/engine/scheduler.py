@@ -88,8 +88,9 @@ class Scheduler:
     def num_waiting(self) -> int:
         return self._queues.num_waiting
 
-    def check_submit(self, request: Request, *, inbox: int = 0) -> None:
-        """Refuse what cannot be queued now. `inbox`: requests that were accepted before and are not added yet.
+    def check_submit(self, request: Request, *, inbox: int = 0, inbox_of_tenant: int = 0) -> None:
+        """Refuse what cannot be queued now. `inbox`: requests that were accepted before and are not added yet, and this
+        tenant's share of them.
 
         Raises ServerDraining, QueueFull, RateLimited, and what `check_fits` raises.
         """
@@ -99,7 +100,7 @@ class Scheduler:
         if self.num_waiting + inbox >= self.limits.max_waiting:
             raise QueueFull
         cap = self._share_of(request.tenant).max_waiting
-        if cap is not None and self._queues.num_waiting_of(request.tenant) >= cap:
+        if cap is not None and self._queues.num_waiting_of(request.tenant) + inbox_of_tenant >= cap:
             raise RateLimited(f"{cap} requests of this tenant are waiting already. Wait for some to finish.")
 
     def check_fits(self, request: Request) -> None:
@@ -131,9 +132,8 @@ class Scheduler:
         """Choose the next step. `now`: time.monotonic()."""
         # Blocks that a preemption made free are for those who run: newcomers would only cause the next one.
         if not self._secure_blocks():
-            walk = self._admission.run(now, self._share_of)
-            self._admitted += walk.admitted
-            self._failed += walk.failed
+            # Into our own lists, so that a walk that ends in an exception loses nobody.
+            self._admission.run(now, self._share_of, admitted=self._admitted, failed=self._failed)
         return Batch(self._chunks())
 
     def take_admitted(self) -> list[Sequence]:

@@ -197,3 +197,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What came of warming an adapter."""
+
+    tier: str  # where it was found: "pool", "host", "disk" or "s3"
+    is_resident: bool  # False when leases left no room in the pool: it waits in host memory
+    is_pinned: bool  # False also when the pool's share for pins is used up

@@ -23,6 +23,7 @@ from app.engine.sequence import (
     Timings,
     Token,
     TokenLogprob,
+    Warmed,
 )
 from app.errors import QueueFull, RequestInvalid
 from app.metrics import ResidentAdapter, ServingSnapshot
@@ -128,7 +129,7 @@ class ScriptedEngine:
         tier = "pool" if key in self.warmed else "disk"
         held = ResidentAdapter(manifest.tenant, manifest.digest, manifest.name, manifest.rank, 0, pin)
         self.warmed = {**self.warmed, key: held}
-        future.set_result(tier)
+        future.set_result(Warmed(tier, is_resident=True, is_pinned=pin))
         return future
 
     def unpin(self, key: tuple[str, str]) -> Future[Any]:

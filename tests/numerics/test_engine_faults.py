@@ -13,9 +13,10 @@ import torch
 from adapters.errors import AdapterNormTooLarge, AdapterQuarantined
 from adapters.manifest import AdapterManifest
 from app.engine.base_model import BaseModel, load_base_model
+from app.engine.engine import MAX_FAILURES_IN_A_ROW
 from app.engine.sampler import Sampled
 from app.engine.sequence import Batch, FinishReason, Request
-from app.errors import InternalError, NonFiniteOutput, OutOfMemory
+from app.errors import EngineNotReady, InternalError, NonFiniteOutput, OutOfMemory
 from tests.adapter_files import plain_tensors, raw
 from tests.engine_rig import Answer, random_prompt, request
 from tests.loader_rig import BASE_NAME, KINDS, Shop, Waiter
@@ -92,17 +93,34 @@ def test_serving_changes_no_byte_of_the_base(shop: Shop, bomb: AdapterManifest) 
     assert shop.base.checksums() == before
 
 
-def test_a_step_that_fails_ends_its_requests_with_an_error_and_the_engine_goes_on(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_breaks_its_step_fails_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     others = neighbours(shop)
     before = {r.id: shop.run(r)[r.id].tokens for r in others}
-    runs = fail_at(shop, monkeypatch, {4}, RuntimeError("a kernel broke"))
-    broken = shop.run(*others)
-    assert any(isinstance(ended(broken[r.id], FinishReason.ERROR), InternalError) for r in others)
-    monkeypatch.undo()
-    assert runs
-    assert {r.id: shop.run(r)[r.id].tokens for r in others} == before
+
+    def holds_the_culprit(batch: Batch) -> bool:
+        return any(chunk.sequence.id == "culprit" for chunk in batch.chunks)
+
+    fail_when(shop, monkeypatch, holds_the_culprit, RuntimeError("a kernel broke"))
+    answers = shop.run(*others, request("culprit", [5, 6, 7], None, tenant="mallory", max_tokens=4))
+    assert isinstance(ended(answers["culprit"], FinishReason.ERROR), InternalError)
+    assert {r.id: answers[r.id].tokens for r in others} == before
+
+
+def test_an_engine_whose_device_is_lost_gives_up_and_leaves_nobody_waiting(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = shop.publish("acme", "support", seed=1)
+    fail_when(shop, monkeypatch, lambda _: True, RuntimeError("the device is lost"))
+    for number in range(MAX_FAILURES_IN_A_ROW):  # one after the other: the engine is idle in between
+        sink = Waiter()
+        shop.engine.submit(request(f"r{number}", [5, 6, 7], None, max_tokens=4), sink)
+        sink.wait(1)
+        assert isinstance(ended(sink.answers[f"r{number}"], FinishReason.ERROR), InternalError)
+    assert shop.engine._stopped.wait(10)
+    with pytest.raises(EngineNotReady):
+        shop.engine.submit(request("late", [5, 6, 7], None, max_tokens=4), Waiter())
+    with pytest.raises(EngineNotReady):
+        shop.engine.warm(manifest).result(10)
 
 
 def test_out_of_memory_splits_the_batch_and_fails_nobody_who_fits(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,18 +175,6 @@ def ended(answer: Answer, reason: FinishReason) -> Exception | None:
     assert answer.finished is not None
     assert answer.finished.reason is reason, answer.finished
     return answer.finished.error
-
-
-def fail_at(shop: Shop, monkeypatch: pytest.MonkeyPatch, steps: set[int], error: Exception) -> list[int]:
-    """Let the model fail in the given steps from now on; returns the list that grows by one in each step."""
-    seen: list[int] = []
-
-    def wanted(_: Batch) -> bool:
-        seen.append(len(seen))
-        return seen[-1] in steps
-
-    fail_when(shop, monkeypatch, wanted, error)
-    return seen
 
 
 def fail_when(shop: Shop, monkeypatch: pytest.MonkeyPatch, wanted: Callable[[Batch], bool], error: Exception) -> None:

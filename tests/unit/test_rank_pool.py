@@ -39,11 +39,8 @@ class PoolModel(RuleBasedStateMachine):
     @rule(key=KEYS, rank=st.integers(1, 12))
     def place(self, key: AdapterKey, rank: int) -> None:
         if key in self.model:
-            if self.model[key]["dropped"]:
-                assert self.pool.place(key, rank) is None
-            else:
-                with pytest.raises(ValueError, match="resident"):
-                    self.pool.place(key, rank)
+            with pytest.raises(ValueError, match="resident"):
+                self.pool.place(key, rank)
             return
         idle, free = self.idle(), self.free()
         has_room = rank <= free + sum(e["rank"] for e in idle.values())
@@ -64,9 +61,10 @@ class PoolModel(RuleBasedStateMachine):
     def lease(self, key: AdapterKey) -> None:
         entry = self.model.get(key)
         extent = self.pool.lease(key)
-        assert (extent is not None) == (entry is not None and not entry["dropped"])
+        assert (extent is not None) == (entry is not None)
         if extent is not None and entry is not None:
             entry["leases"] += 1
+            entry["dropped"] = 0
             self.model[key] = self.model.pop(key)
 
     @precondition(lambda self: any(e["leases"] for e in self.model.values()))
@@ -218,17 +216,26 @@ def test_pins_always_leave_room_for_the_largest_rank() -> None:
     assert pool.can_place(8)
 
 
-def test_dropped_while_leased_serves_its_holders_only() -> None:
+def test_dropped_while_leased_is_freed_by_its_last_release() -> None:
     pool = RankPool(8)
     placed(pool, "a", 8)
     pool.lease(("t", "a"))
     assert not pool.drop(("t", "a"))
-    assert pool.lease(("t", "a")) is None
-    assert pool.place(("t", "a"), 8) is None
     assert pool.extent_of(("t", "a")) == Extent(0, 8)
     pool.release(("t", "a"))
     assert pool.free_rows == 8
     assert placed(pool, "a", 8).extent == Extent(0, 8)
+
+
+def test_dropped_while_leased_is_kept_when_it_is_wanted_again() -> None:
+    pool = RankPool(8)
+    placed(pool, "a", 8)
+    pool.lease(("t", "a"))
+    pool.drop(("t", "a"))
+    assert pool.lease(("t", "a")) == Extent(0, 8), "whoever waits for rows would stop everybody else's adapters"
+    pool.release(("t", "a"))
+    pool.release(("t", "a"))
+    assert pool.extent_of(("t", "a")) == Extent(0, 8)
 
 
 def test_release_without_a_lease_is_an_error() -> None:
