@@ -1,18 +1,23 @@
-"""A worker process that kills or stops itself at a named point of its work; run by `test_kill`.
+"""Workers that kill or stop themselves at a named point of their work; forked from one process, driven by `test_kill`.
 
-    python -m tests.real.kill_points BASE DIRECTORY DATABASE_URL run [--kill LABEL:N | --stop LABEL:N] [--log FILE]
+    python -m tests.real.kill_points BASE DIRECTORY
+    {"start": {"directory": …, "database_url": …, "kill": "LABEL:N", "stop": "LABEL:N", "log": FILE}} -> pid
+    {"wait": pid}                                                                                     -> exit code
 
-Points are the calls that change something outside the process (each before and after) and the engine's quanta. The
-job lies in the database; the worker ends when no job is left.
+Each worker is a process of its own; forking spares it the imports and the loading of the base. Points are the calls
+that change something outside the process (each before and after) and the engine's quanta. A worker ends when no job is
+left.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -115,23 +120,41 @@ def work(rig: Rig, points: Points) -> None:
     rig.close()
 
 
-def _point(text: str) -> tuple[str, int]:
-    label, _, number = text.rpartition(":")
-    return label, int(number)
+def run_worker(base: BaseModel, asked: dict[str, Any]) -> None:
+    kill, stop, log = (asked.get(name) for name in ("kill", "stop", "log"))
+    number = signal.SIGKILL if kill else signal.SIGSTOP
+    at = kill or stop
+    label, _, count = (at or ":0").rpartition(":")
+    points = Points((label, int(count)) if at else None, number, Path(log) if log else None)
+    work(make_rig(base, Path(asked["directory"]), asked["database_url"]), points)
+
+
+def start_worker(base: BaseModel, asked: dict[str, Any]) -> int:
+    """Fork; the child never returns. This process has no threads but its own one."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        run_worker(base, asked)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("base", type=Path)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("database_url")
-    parser.add_argument("--kill", type=_point)
-    parser.add_argument("--stop", type=_point)
-    parser.add_argument("--log", type=Path)
-    asked = parser.parse_args()
-    rig = make_rig(load(asked.base, asked.directory), asked.directory, asked.database_url)
-    number = signal.SIGKILL if asked.kill else signal.SIGSTOP
-    work(rig, Points(asked.kill or asked.stop, number, asked.log))
+    base = load(Path(sys.argv[1]), Path(sys.argv[2]))
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "start" in message:
+            answer = start_worker(base, message["start"])
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(message["wait"], 0)[1])
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,26 +43,54 @@ ALWAYS = (
 )
 
 
+class Workers:
+    """The process that forks workers."""
+
+    def __init__(self, base_dir: Path, directory: Path) -> None:
+        command = [sys.executable, "-m", "tests.real.kill_points", str(base_dir), str(directory)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.log = directory / "workers.log"
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+
+    def ask(self, **message: Any) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, self.log.read_text()[-4000:]
+        return int(answer)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
 @dataclass
 class Ground:
-    """Where workers are started, and a rig of the test's own to look with."""
+    """Where workers work, and a rig of the test's own to look with."""
 
-    base_dir: Path
+    workers: Workers
     directory: Path
     database_url: str
     rig: Rig
     job: Job
 
-    def worker(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.real.kill_points"]
-        command += [str(self.base_dir), str(self.directory), self.database_url, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        with (self.directory / "worker.log").open("ab") as log:
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    def start(self, **options: str) -> int:
+        asked = {"directory": str(self.directory), "database_url": self.database_url, **options}
+        return self.workers.ask(start=asked)
+
+    def run(self, **options: str) -> int:
+        """Start a worker and wait for its end; its exit code."""
+        return self.workers.ask(wait=self.start(**options))
 
     @property
     def log(self) -> str:
-        return (self.directory / "worker.log").read_text()[-4000:]
+        return self.workers.log.read_text()[-4000:]
 
     def outcome(self) -> tuple[str, str]:
         """(status, sha256 of the published weights); there must be exactly one version, and the alias on it."""
@@ -86,11 +116,18 @@ def base(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     return load(base_dir, tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def workers(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    made = Workers(base_dir, tmp_path_factory.mktemp("workers"))
+    yield made
+    made.close()
+
+
 MakeGround = Callable[[str | None], Ground]
 
 
 @pytest.fixture
-def make_ground(base: BaseModel, base_dir: Path, tmp_path: Path) -> Iterator[MakeGround]:
+def make_ground(base: BaseModel, workers: Workers, tmp_path: Path) -> Iterator[MakeGround]:
     made: list[Rig] = []
 
     def make(database_url: str | None = None) -> Ground:
@@ -99,21 +136,17 @@ def make_ground(base: BaseModel, base_dir: Path, tmp_path: Path) -> Iterator[Mak
         url = database_url or f"sqlite:///{directory / 'lodger.db'}"
         rig = make_rig(base, directory, url)
         made.append(rig)
-        return Ground(base_dir, directory, url, rig, create_job(rig))
+        return Ground(workers, directory, url, rig, create_job(rig))
 
     yield make
     for rig in made:
         rig.loader.close()
 
 
-def finished(process: subprocess.Popen[bytes], timeout_s: float = 120) -> int:
-    return process.wait(timeout_s)
-
-
 def whole_run(ground: Ground) -> tuple[str, list[str]]:
     """The weights of a run that nobody disturbs, and the points that it passes."""
     log = ground.directory / "points.log"
-    assert finished(ground.worker("--log", str(log))) == 0, ground.log
+    assert ground.run(log=str(log)) == 0, ground.log
     status, weights = ground.outcome()
     assert status == "succeeded"
     return weights, log.read_text().split()
@@ -132,27 +165,26 @@ def test_killed_anywhere_ends_with_the_same_weights_and_one_version(make_ground:
     weights, points = whole_run(make_ground(None))
     for point in chosen(points, NUM_POINTS, seed=1):
         ground = make_ground(None)
-        code = finished(ground.worker("--kill", point))
-        assert code in (-signal.SIGKILL, 0), ground.log  # 0: this run passed no such point
-        assert finished(ground.worker()) == 0, ground.log
+        assert ground.run(kill=point) in (-signal.SIGKILL, 0), ground.log  # 0: this run passed no such point
+        assert ground.run() == 0, ground.log
         assert ground.outcome() == ("succeeded", weights), point
 
 
 def test_stopped_worker_that_wakes_cannot_publish(make_ground: MakeGround) -> None:
     ground = make_ground(None)
-    sleeper = ground.worker("--stop", "queue.begin_publish.after:1")
+    sleeper = ground.start(stop="queue.begin_publish.after:1")
     wait_until_stopped(sleeper)
-    assert finished(ground.worker()) == 0, ground.log
+    assert ground.run() == 0, ground.log
     before = ground.outcome()
-    sleeper.send_signal(signal.SIGCONT)
-    assert finished(sleeper) == 0, ground.log
+    os.kill(sleeper, signal.SIGCONT)
+    assert ground.workers.ask(wait=sleeper) == 0, ground.log
     assert ground.outcome() == before
     assert before[0] == "succeeded"
 
 
 def test_worker_that_wakes_after_a_cancel_leaves_no_version(make_ground: MakeGround) -> None:
     ground = make_ground(None)
-    sleeper = ground.worker("--stop", "queue.begin_publish.after:1")
+    sleeper = ground.start(stop="queue.begin_publish.after:1")
     wait_until_stopped(sleeper)
     reaper = Reaper(ground.rig.queue, lease_s=LEASE_S)
     until = time.monotonic() + 30
@@ -160,16 +192,15 @@ def test_worker_that_wakes_after_a_cancel_leaves_no_version(make_ground: MakeGro
         assert time.monotonic() < until
         time.sleep(0.1)
     ground.rig.jobs.cancel(TENANT, ground.job.id)
-    sleeper.send_signal(signal.SIGCONT)
-    assert finished(sleeper) == 0, ground.log
+    os.kill(sleeper, signal.SIGCONT)
+    assert ground.workers.ask(wait=sleeper) == 0, ground.log
     assert ground.rig.get(ground.job).status is JobStatus.CANCELLED
     assert ground.rig.catalog.versions(TENANT, "killed") == []
 
 
-def wait_until_stopped(process: subprocess.Popen[bytes], timeout_s: float = 90) -> None:
+def wait_until_stopped(pid: int, timeout_s: float = 90) -> None:
     until = time.monotonic() + timeout_s
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        assert process.poll() is None
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -178,6 +209,6 @@ def test_killed_on_postgresql_ends_the_same(make_ground: MakeGround, postgres_ur
     weights, points = whole_run(make_ground(clean_database(postgres_url)))
     for point in chosen(points, NUM_POINTS_POSTGRES, seed=2):
         ground = make_ground(clean_database(postgres_url))
-        assert finished(ground.worker("--kill", point)) in (-signal.SIGKILL, 0), ground.log
-        assert finished(ground.worker()) == 0, ground.log
+        assert ground.run(kill=point) in (-signal.SIGKILL, 0), ground.log
+        assert ground.run() == 0, ground.log
         assert ground.outcome() == ("succeeded", weights), point
