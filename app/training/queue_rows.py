@@ -13,6 +13,13 @@ from app.training.job import JobStatus
 from app.training.turns import Waiting, claim_order
 
 
+def has_unclaimed(connection: Connection, status: JobStatus) -> bool:
+    """A look that takes no write lock: workers look often, and mostly there is nothing."""
+    jobs = tables.jobs
+    free = sa.select(jobs.c.id).where(jobs.c.status == status.value, jobs.c.worker.is_(None))
+    return connection.execute(free.limit(1)).first() is not None
+
+
 def unclaimed(connection: Connection, status: JobStatus) -> dict[str, Any]:
     """What `claim_order` asks for: unclaimed jobs of `status`, jobs at work per tenant, last turns."""
     jobs, turns = tables.jobs, tables.turns

@@ -33,7 +33,7 @@ from app.training.job import (
     model_name,
     new_id,
 )
-from app.training.queue_rows import count_turn, unclaimed
+from app.training.queue_rows import count_turn, has_unclaimed, unclaimed
 from app.training.turns import claim_order
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class WorkQueue:
         return self._claim(worker, JobStatus.VALIDATING)
 
     def _claim(self, worker: str, status: JobStatus) -> ClaimedJob | None:
+        with reading(self._engine) as connection:
+            if not has_unclaimed(connection, status):
+                return None
         with writing(self._engine) as connection:
             for waiting in claim_order(**unclaimed(connection, status)):
                 job = job_rows.load(connection, waiting.id)
