@@ -91,10 +91,14 @@ class StateStore:
                 logger.warning("a job's state does not verify", extra=extra)
         return None
 
-    def prune(self, newest: str) -> None:
-        """Delete all but the newest states, and what was left half-written by others."""
-        kept = set(self._names(up_to=newest)[:KEEP_STATES])
-        for name in self._store.list_dirs(self.prefix):
+    def prune(self, newest: str, *, fence: int) -> None:
+        """Delete all but the newest states, and what was left half-written by others, of this fence or earlier ones.
+
+        Whoever calls may have lost the job a moment ago: the states of a newer fence are not its to judge.
+        """
+        ours = [name for name in self._store.list_dirs(self.prefix) if _fence_of(name) <= fence]
+        kept = sorted((name for name in ours if name <= newest), reverse=True)[:KEEP_STATES]
+        for name in ours:
             if name not in kept:
                 self._delete(name)
 
@@ -133,6 +137,12 @@ class StateStore:
     def _delete(self, name: str) -> None:
         for file in (STATE_FILE, TENSORS_FILE):  # the manifest first: what a crash leaves is no state
             self._store.delete(f"{self.prefix}{name}/{file}")
+
+
+def _fence_of(name: str) -> int:
+    """What is no state's name is of no fence, and nobody's to keep."""
+    tail = name.rpartition("-")[2]
+    return int(tail) if tail.isascii() and tail.isdigit() else 0
 
 
 def pack(progress: Progress, groups: Mapping[str, Mapping[str, Tensor]]) -> DurableState:

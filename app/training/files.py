@@ -16,13 +16,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from adapters.errors import ObjectNotFound, StoreError
+from adapters.errors import ObjectNotFound, ObjectTooLarge
 from adapters.manifest import blob_key
 from adapters.store import BlobStore
 from app.database import reading, writing
 from app.errors import InternalError, RateLimited, RequestInvalid
 from app.training import job_rows, tables
 from app.training.dataset import EncodingCheck, FileFault
+from app.training.faults import ContentLost
 from app.training.job import JobStatus, new_id
 from app.training.job_rows import Page
 from app.training.spec import PinnedFile
@@ -198,10 +199,15 @@ class FileStore:
             yield self._store.get_range(key, start, CHUNK_BYTES)
 
     def fetch(self, tenant: str, pinned: PinnedFile, path: Path) -> None:
-        """Write a pinned file's content to `path` and check its digest. Raises StoreError."""
-        self._store.download(blob_key(tenant, pinned.sha256), path, max_bytes=pinned.num_bytes)
+        """Write a pinned file's content to `path` and check its digest. Raises StoreError, ContentLost for good."""
+        try:
+            self._store.download(blob_key(tenant, pinned.sha256), path, max_bytes=pinned.num_bytes)
+        except ObjectNotFound as exc:
+            raise ContentLost(f"The stored content of {pinned.id} is missing.") from exc
+        except ObjectTooLarge as exc:
+            raise ContentLost(f"The stored content of {pinned.id} is not what was uploaded.") from exc
         if sha256_of(path) != pinned.sha256:
-            raise StoreError(f"the stored bytes of {pinned.id} are not those that were uploaded")
+            raise ContentLost(f"The stored content of {pinned.id} is not what was uploaded.")
 
     # ---- deleting
 

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import StoreError
 from adapters.manifest import AdapterManifest, is_adapter_name, is_alias
 from app.errors import RequestInvalid, ServerBusy
 from app.training.config import CostEstimate, TrainableBase, TrainingConfig, estimate, prepare_options, resolve
 from app.training.dataset import DatasetLimits
 from app.training.dataset_rows import Method
 from app.training.examples import Examples
+from app.training.faults import FAULTS, lasting_error
 from app.training.files import TRAINING_PURPOSE, FileStore
 from app.training.fitting import TrainingRenderer
 from app.training.heartbeat import Heartbeat
@@ -249,7 +249,12 @@ class FineTuning:
                 self._validate(claim, heart)
         except StaleFence:
             logger.info("validation dropped", extra={"action": "validation_dropped", "job": claim.id})
-        except (StoreError, ServerBusy) as exc:
+        except FAULTS as exc:
+            error = lasting_error(exc, claim.id)
+            if error is not None:
+                with suppress(StaleFence, ServerBusy):
+                    self.queue.fail(claim, error)
+                return True
             logger.warning("validation put off", extra={"action": "validation_put_off", "job": claim.id}, exc_info=exc)
             with suppress(StaleFence, ServerBusy):
                 self.queue.release(claim)

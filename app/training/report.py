@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,28 +21,32 @@ class Reporter:
     def __init__(self, queue: WorkQueue, claim: ClaimedJob, thread: JobThread) -> None:
         self._queue, self._claim, self._thread = queue, claim, thread
         self._waiting: list[StepMetrics] = []
-        self._writing: Future[None] | None = None
+        self._writing: list[Future[None]] = []  # not known to have ended well
 
     def add(self, metrics: StepMetrics) -> None:
-        """Raises what the last write raised, such as StaleFence."""
+        """Raises what an earlier write raised, such as StaleFence."""
         self._waiting.append(metrics)
-        if self._writing is None or self._writing.done():
-            if self._writing is not None:
-                self._writing.result()
-            self._write()
+        if all(writing.done() for writing in self._writing):
+            for writing in self._writing:
+                writing.result()
+            self._writing.clear()
+            self.flush()
+
+    def flush(self) -> Sequence[Future[None]]:
+        """Queue what waits in the job's thread; returns every write that may not have ended. Waits for nothing.
+
+        Whatever is queued in that thread afterwards comes after them.
+        """
+        if self._waiting:
+            batch, self._waiting = self._waiting, []
+            self._writing.append(self._thread.call(self._queue.record_metrics, self._claim, batch))
+        return tuple(self._writing)
 
     def drain(self) -> Steps[None]:
         """Wait until everything is written."""
-        if self._writing is not None:
-            yield from wait(self._writing)
-        if self._waiting:
-            self._write()
-            assert self._writing is not None
-            yield from wait(self._writing)
-
-    def _write(self) -> None:
-        batch, self._waiting = self._waiting, []
-        self._writing = self._thread.call(self._queue.record_metrics, self._claim, batch)
+        for writing in self.flush():
+            yield from wait(writing)
+        self._writing.clear()
 
 
 def write_result_file(fine_tuning: FineTuning, job: Job, scratch: Path) -> str:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from adapters.errors import AdapterRefused, AdapterUnavailable, StoreError
+from adapters.errors import AdapterRefused
 from adapters.store import BlobStore
 from app.engine.base_model import BaseModel
-from app.errors import ServerBusy
 from app.training.batching import micro_batches
 from app.training.checkpoint import DurableState, StateStore, pack
 from app.training.evaluate import GreedySampler, HeldOut, bare_base, eos_rate, measure, sample_prompts
+from app.training.faults import FAULTS, lasting_error
 from app.training.fine_tuning import FineTuning
 from app.training.gate import GateFacts, Verdict, judge, start_and_end
 from app.training.job import JobError, JobNotFound, StaleFence, StepMetrics, Succeeded
@@ -118,8 +118,8 @@ class JobRun:
             yield from self._call(self._queue.fail, self._claim, failed.error)
             yield from self._call(self._states.clear)
         except DataRefused as refused:
-            error = JobError(refused.code, str(refused), refused.param)
-            yield from self._call(self._queue.fail, self._claim, error, data=refused.findings.to_dict())
+            refusal = JobError(refused.code, str(refused), refused.param)
+            yield from self._call(self._queue.fail, self._claim, refusal, data=refused.findings.to_dict())
         except ShutdownWanted:
             yield from self._call(self._queue.release, self._claim)
         except PauseWanted:
@@ -127,9 +127,15 @@ class JobRun:
                 yield from self._call(self._queue.release, self._claim)
         except StaleFence:
             yield from self._call(self._drop)
-        except (StoreError, ServerBusy, AdapterUnavailable) as exc:
-            logger.warning("job given back", extra={"action": "job_given_back", "job": self._claim.id}, exc_info=exc)
-            yield from self._call(self._queue.release, self._claim)
+        except FAULTS as exc:
+            lasting = lasting_error(exc, self._claim.id)
+            extra = {"action": "job_given_back" if lasting is None else "job_failed", "job": self._claim.id}
+            logger.warning("a job met a fault", extra=extra, exc_info=exc)
+            if lasting is None:
+                yield from self._call(self._queue.release, self._claim)
+            else:
+                yield from self._call(self._queue.fail, self._claim, lasting)
+                yield from self._call(self._states.clear)
         except Exception as exc:
             logger.exception("job failed", extra={"action": "job_failed", "job": self._claim.id})
             message = f"Training failed inside the server ({type(exc).__name__}). Quote {self._claim.id}."
@@ -319,15 +325,18 @@ class JobRun:
         groups: dict[str, Mapping[str, Any]] = {"adapter": t.factors(), "optimizer": t.optimizer.state()}
         if t.best and t.progress.best_step != t.progress.step:
             groups["best"] = t.best
-        self._saving = self._thread.call(self._write_state, pack(t.progress, groups))
+        reports = self._reporter.flush()
+        self._saving = self._thread.call(self._write_state, pack(t.progress, groups), reports)
         self._saved_at = self._room.clock()
         if wait_for_it:
             yield from wait(self._saving)
 
-    def _write_state(self, state: DurableState) -> None:
+    def _write_state(self, state: DurableState, reports: Sequence[Future[None]]) -> None:
+        for report in reports:  # written by now, in this thread; a state must not promise what was not told
+            report.result()
         name = self._states.write(state, fence=self._claim.fence)
         self._queue.save_state(self._claim, int(state.progress["step"]), {"name": name})
-        self._states.prune(name)
+        self._states.prune(name, fence=self._claim.fence)
 
     # ---- its end
 

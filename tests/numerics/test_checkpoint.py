@@ -81,7 +81,7 @@ def test_states_that_the_jobs_row_does_not_know_of_are_left_alone(states: StateS
 def test_two_newest_states_are_kept(states: StateStore, store: DirectoryStore) -> None:
     for step in (1, 2, 3):
         name = states.write(state(step), fence=1)
-        states.prune(name)
+        states.prune(name, fence=1)
     assert store.list_dirs(states.prefix) == ["00000002-000001", "00000003-000001"]
     states.clear()
     assert store.list(states.prefix) == []
@@ -98,3 +98,13 @@ def test_store_that_fails_is_not_taken_for_a_damaged_state(
     monkeypatch.setattr(store, "download", unavailable)
     with pytest.raises(StoreUnavailable):
         states.read_newest(first=name)
+
+
+def test_worker_that_lost_the_job_deletes_no_state_of_its_successor(states: StateStore, store: DirectoryStore) -> None:
+    stale = states.write(state(5), fence=1)
+    for step in (3, 4, 6, 7):
+        newest = states.write(state(step), fence=2)
+    states.prune(stale, fence=1)
+    assert len(store.list_dirs(states.prefix)) == 5
+    states.prune(newest, fence=2)
+    assert sorted(store.list_dirs(states.prefix)) == ["00000006-000002", "00000007-000002"]

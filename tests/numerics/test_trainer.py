@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 import app.training.trainer as trainer_module
 from adapters.errors import StoreUnavailable
-from adapters.manifest import AdapterManifest
+from adapters.manifest import AdapterManifest, blob_key
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel, load_base_model
 from app.training import job_thread
@@ -25,11 +26,12 @@ from app.training.batching import BatchOrder, ExampleSizes, micro_batches
 from app.training.config import TrainingConfig
 from app.training.dataset_rows import Method
 from app.training.evaluate import GreedySampler
-from app.training.job import Job, JobStatus
+from app.training.job import Job, JobStatus, StepMetrics
 from app.training.micro_step import Part, PartResult, micro_step
 from app.training.optimizer import RateSchedule
 from app.training.prepare import TrainingSet
 from app.training.spec import Hyperparameters, LoraOptions, PublishOptions, TrainingOptions
+from app.training.work_queue import ClaimedJob
 from tests.engine_rig import random_prompt
 from tests.tiny import build_base
 from tests.trainer_rig import Rig, chat_row, directory_rig, preference_row
@@ -355,6 +357,37 @@ def test_store_that_stays_away_gives_the_job_back(rig: Rig, monkeypatch: pytest.
     monkeypatch.setattr(rig.store, "put", put)
     (done,) = rig.wait(job)
     assert done.status is JobStatus.SUCCEEDED, done.error
+
+
+def test_data_that_is_gone_for_good_fails_the_job_and_says_so(rig: Rig) -> None:
+    job = rig.create(FEW, hyperparameters=FAST)
+    rig.store.delete(blob_key(job.tenant, job.spec.training_file.sha256))
+    (done,) = rig.wait(job)
+    assert done.status is JobStatus.FAILED
+    assert done.error is not None
+    assert done.error.code == "stored_data_lost"
+    assert job.spec.training_file.id in done.error.message
+
+
+def test_state_is_stored_after_the_metrics_of_its_steps(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that wait while one is written would be lost by whoever goes on from the state."""
+    record, save, missing = rig.queue.record_metrics, rig.queue.save_state, []
+
+    def slow(claim: ClaimedJob, metrics: Sequence[StepMetrics]) -> None:
+        time.sleep(0.2)
+        record(claim, metrics)
+
+    def checked(claim: ClaimedJob, step: int, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        told = {step for step, _ in rig.jobs.metrics(claim.id)}
+        missing.extend(set(range(1, step)) - told)  # the state's own step may still be settled
+        return save(claim, step, state)
+
+    monkeypatch.setattr(rig.queue, "record_metrics", slow)
+    monkeypatch.setattr(rig.queue, "save_state", checked)
+    object.__setattr__(rig.room, "state_every_s", 0.0)  # a state after every step
+    (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert done.status is JobStatus.SUCCEEDED, done.error
+    assert missing == []
 
 
 MicroStep = Callable[..., Generator[None, None, list[PartResult]]]
