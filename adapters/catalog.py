@@ -18,6 +18,7 @@ from typing import Any
 from adapters.aliases import Aliases
 from adapters.catalog_names import check_names, version_of
 from adapters.checked import DoorLimits
+from adapters.collect import BlobCollector
 from adapters.door import check_adapter, check_base
 from adapters.errors import (
     AdapterError,
@@ -86,7 +87,9 @@ class AdapterCatalog:
         self._records = Records(store, capacity=2 * capacity)
         self._aliases = Aliases(self._records, wall)
         self._publisher = Publisher(store, self._records, base, wall)
-        self._retirer = Retirer(store, self._records, self._aliases, wall)
+        self.collector = BlobCollector(store)  # asks whoever else names blobs before one is deleted
+        self._retirer = Retirer(store, self._records, self._aliases, self.collector, wall)
+        self.collector.ask(self._retirer.named_blobs)
         self._importer = Importer(
             store,
             self._records,

@@ -6,23 +6,21 @@ and erased tenants are removed for good.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 
 from adapters.aliases import Aliases
-from adapters.errors import AdapterConflict, AdapterNotFound, StoreDenied
+from adapters.collect import BlobCollector
+from adapters.errors import AdapterConflict, AdapterNotFound
 from adapters.manifest import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
     adapter_prefix,
-    blob_key,
     canonical_json,
     tenant_prefix,
 )
-from adapters.publish import collecting_key
 from adapters.records import AdapterRecord, Records, erased_key, tombstone_key
 from adapters.store import BlobStore
 
@@ -33,8 +31,16 @@ ERASE_BATCH = 1000
 
 
 class Retirer:
-    def __init__(self, store: BlobStore, records: Records, aliases: Aliases, wall: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        records: Records,
+        aliases: Aliases,
+        collector: BlobCollector,
+        wall: Callable[[], float],
+    ) -> None:
         self._store = store
+        self._collector = collector
         self._records = records
         self._aliases = aliases
         self._wall = wall
@@ -113,31 +119,17 @@ class Retirer:
     def _collect(self, tenant: str, deleted: Iterable[AdapterManifest]) -> None:
         """Delete the blobs of deleted versions that no other version of the tenant names.
 
-        Each is marked before the search; `Publisher` looks for marks after it has written a manifest. Where the role
-        may not delete, the blobs stay for the eraser.
+        Files may need one, too: the collector asks. Where the role may not delete, they stay for the eraser.
         """
         blobs = {sha256 for manifest in deleted for sha256 in (manifest.config.sha256, manifest.weights.sha256)}
-        mine = [sha256 for sha256 in blobs if self._store.put_if_absent(collecting_key(tenant, sha256), b"")]
-        try:
-            needed = self._named_blobs(tenant)
-            for sha256 in mine:
-                if sha256 not in needed:
-                    self._store.delete(blob_key(tenant, sha256))
-        except StoreDenied:
-            logger.warning(
-                "blobs of deleted versions stay: this role may not delete",
-                extra={"action": "collect_denied", "tenant": tenant, "blobs": len(mine)},
-            )
-        finally:
-            with contextlib.suppress(StoreDenied):
-                for sha256 in mine:
-                    self._store.delete(collecting_key(tenant, sha256))
+        self._collector.collect(tenant, blobs)
         if self._records.is_erased(tenant):  # the eraser may have passed before our tombstones were written
             self.erase_tenant(tenant)
 
-    def _named_blobs(self, tenant: str) -> set[str]:
+    def named_blobs(self, tenant: str, asked: Set[str]) -> Set[str]:
+        """Those of `asked` that any version of the tenant's adapters names."""
         named: set[str] = set()
         for record in self._records.read_all(tenant):
             for manifest in self._records.manifests(record):
                 named |= {manifest.config.sha256, manifest.weights.sha256}
-        return named
+        return named & asked

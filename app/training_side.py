@@ -118,7 +118,7 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     """Wire it; `trains` says whether this process's engine works on jobs."""
     settings, base = parts.settings, parts.base
     limits = FileLimits(settings.max_file_bytes, settings.max_upload_bytes)
-    files = FileStore(parts.database, parts.store, limits=limits)
+    files = FileStore(parts.database, parts.store, limits=limits, collector=parts.catalog.collector)
     fine_tuning = FineTuning(
         JobStore(parts.database),
         WorkQueue(parts.database, base_id=base.spec.id),
@@ -133,7 +133,7 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     webhooks = Webhooks(parts.database)
     trainer = build_trainer(parts, fine_tuning) if trains else None
     parts.engine.trainer = trainer
-    chores = Chores((files.sweep, uploads.sweep))
+    chores = Chores((files.sweep, files.collect_unpinned, uploads.sweep))
     return TrainingSide(fine_tuning, uploads, Permissions(parts.database), webhooks, trainer, chores, Courier(webhooks))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from adapters.errors import ObjectNotFound, ObjectTooLarge
+from adapters.collect import BlobCollector
+from adapters.errors import ObjectNotFound, ObjectTooLarge, StoreError
 from adapters.manifest import blob_key
 from adapters.store import BlobStore
 from app.database import reading, writing
-from app.errors import InternalError, RateLimited, RequestInvalid
+from app.errors import RateLimited, RequestInvalid
 from app.training import job_rows, tables
 from app.training.dataset import EncodingCheck, FileFault
 from app.training.faults import ContentLost
@@ -34,6 +35,9 @@ TRAINING_PURPOSE = "fine-tune"
 RESULT_PURPOSE = "fine-tune-results"
 CHUNK_BYTES = 1 << 20
 MAX_FILENAME_CHARS = 512
+
+
+_OVER = tuple(status.value for status in JobStatus if status.is_over)
 
 
 class FileNotFound(RequestInvalid):
@@ -94,9 +98,13 @@ class FileStore:
         store: BlobStore,
         *,
         limits: FileLimits = FileLimits(),
+        collector: BlobCollector | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        """`collector`: shared with whatever else names blobs in this store; None where nothing does."""
         self._engine, self._store, self.limits, self._wall = engine, store, limits, wall
+        self._collector = BlobCollector(store) if collector is None else collector
+        self._collector.ask(self._needed)
 
     def add(self, tenant: str, new: NewFile, path: Path, *, max_stored_bytes: int | None = None) -> StoredFile:
         """Check and keep the file at `path` (which stays the caller's). `max_stored_bytes`: of all the tenant's files.
@@ -139,18 +147,16 @@ class FileStore:
             "expires_at": None if new.ttl_s is None else now + new.ttl_s,
             "is_deleted": False,
         }
-        for _ in range(3):
+        self._store.put_if_absent(key, path)
+        with writing(self._engine) as connection:
+            connection.execute(sa.insert(tables.files).values(**values))
+            mine = tables.files.c.id == values["id"]
+            file = file_of(connection.execute(sa.select(tables.files).where(mine)).one())
+        # Nothing waits for the store with the database's lock in its hand: a delete of the same content may have come
+        # between, but from here on the collector knows of this file.
+        if not self._collector.is_kept(tenant, sha256):
             self._store.put_if_absent(key, path)
-            with writing(self._engine) as connection:
-                job_rows.lock_tenant(connection, tenant)
-                try:
-                    self._store.head(key)  # a delete of the same content may have come between
-                except ObjectNotFound:
-                    continue
-                connection.execute(sa.insert(tables.files).values(**values))
-                mine = tables.files.c.id == values["id"]
-                return file_of(connection.execute(sa.select(tables.files).where(mine)).one())
-        raise InternalError
+        return file
 
     def _require_room(self, tenant: str, num_bytes: int, max_stored_bytes: int | None) -> None:
         if max_stored_bytes is None:
@@ -230,14 +236,40 @@ class FileStore:
         table = tables.files
         mine = _live(tenant) & (table.c.id == file_id)
         with writing(self._engine) as connection:
-            job_rows.lock_tenant(connection, tenant)
+            job_rows.lock_tenant(connection, tenant)  # no job is being made of it
             sha256 = connection.execute(sa.select(table.c.sha256).where(mine)).scalar()
             if sha256 is None:
                 return
             connection.execute(sa.update(table).where(mine).values(is_deleted=True))
-            if not _is_needed(connection, tenant, sha256):
-                self._store.delete(blob_key(tenant, sha256))
+        try:
+            self._collector.collect(tenant, [sha256])
+        except StoreError:
+            with writing(self._engine) as connection:  # listed again: who deletes it again deletes its content, too
+                connection.execute(sa.update(table).where(table.c.id == file_id).values(is_deleted=False))
+            raise
         logger.info("file deleted", extra={"action": "file_deleted", "file": file_id})
+
+    def collect_unpinned(self) -> int:
+        """Drop the pins of jobs that are over, and content that was deleted while they held it; return how many pins.
+
+        Any process, any time.
+        """
+        jobs, pins = tables.jobs, tables.job_files
+        query = sa.select(jobs.c.tenant, pins.c.job_id, pins.c.sha256).join(jobs, jobs.c.id == pins.c.job_id)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.where(jobs.c.status.in_(_OVER)).limit(500)).all()
+        for tenant, job_id, sha256 in rows:
+            if not self._needed(tenant, {sha256}):
+                self._collector.collect(tenant, [sha256])
+            with writing(self._engine) as connection:
+                pin = (pins.c.job_id == job_id) & (pins.c.sha256 == sha256)
+                connection.execute(sa.delete(pins).where(pin))
+        return len(rows)
+
+    def _needed(self, tenant: str, asked: Set[str]) -> Set[str]:
+        """Those of `asked` that a listed file has or a live job pins."""
+        with reading(self._engine) as connection:
+            return {sha256 for sha256 in asked if _is_needed(connection, tenant, sha256)}
 
     def _has_expired(self, file: StoredFile) -> bool:
         return file.expires_at is not None and file.expires_at <= self._wall()
@@ -264,8 +296,7 @@ def _live(tenant: str) -> sa.ColumnElement[bool]:
 
 def _is_needed(connection: Connection, tenant: str, sha256: str) -> bool:
     files, jobs, pins = tables.files, tables.jobs, tables.job_files
-    over = [status.value for status in JobStatus if status.is_over]
     listed = sa.select(files.c.id).where(_live(tenant), files.c.sha256 == sha256)
     pinned = sa.select(jobs.c.id).join(pins, pins.c.job_id == jobs.c.id)
-    pinned = pinned.where(jobs.c.tenant == tenant, pins.c.sha256 == sha256, jobs.c.status.not_in(over))
+    pinned = pinned.where(jobs.c.tenant == tenant, pins.c.sha256 == sha256, jobs.c.status.not_in(_OVER))
     return any(connection.execute(query.limit(1)).first() is not None for query in (listed, pinned))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from adapters.errors import ObjectNotFound, StoreError
+from adapters.collect import BlobCollector
+from adapters.errors import ObjectNotFound, StoreError, StoreUnavailable
 from adapters.manifest import blob_key
 from adapters.store import DirectoryStore
-from app.database import migrate, open_database
+from app.database import migrate, open_database, writing
 from app.errors import RateLimited, RequestInvalid
 from app.training.files import FileLimits, FileNotFound, FileStore, FileTooLarge, NewFile
 from app.training.jobs import JobStore, NewJob
@@ -138,6 +139,71 @@ def test_content_stays_while_a_live_job_needs_it(world: World) -> None:
     world.jobs.cancel("acme", job.id)
     again = world.add()
     world.files.delete("acme", again)
+    assert not world.has_blob(b"{}\n")
+
+
+def test_content_deleted_under_a_job_goes_when_the_job_is_over(world: World) -> None:
+    file_id = world.add()
+    job = world.jobs.create("acme", NewJob(JobSpec("base", world.files.get("acme", file_id).pinned), asked={}))
+    world.files.delete("acme", file_id)
+    assert world.files.collect_unpinned() == 0
+    assert world.has_blob(b"{}\n")
+    world.jobs.cancel("acme", job.id)
+    assert world.files.collect_unpinned() == 1
+    assert not world.has_blob(b"{}\n")
+    assert world.files.collect_unpinned() == 0
+
+
+def test_store_is_never_asked_with_the_databases_lock_in_hand(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = open_database(str(world.engine.url))
+
+    def probed(name: str) -> Callable[..., object]:
+        real = getattr(world.store, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            with writing(other) as connection:  # raises DatabaseUnavailable when somebody holds the lock
+                connection.exec_driver_sql("UPDATE training_turns SET turn = turn")
+            return real(*args, **kwargs)
+
+        return call
+
+    with other.connect() as connection:
+        connection.exec_driver_sql("PRAGMA busy_timeout = 50")
+    for name in ("head", "put_if_absent", "delete"):
+        monkeypatch.setattr(world.store, name, probed(name))
+    world.files.delete("acme", world.add())
+    other.dispose()
+
+
+def test_content_that_somebody_else_names_is_spared(world: World) -> None:
+    """An adapter's config may be the same bytes as a file."""
+    collector = BlobCollector(world.store)
+    files = FileStore(world.engine, world.store, collector=collector)
+    named: set[str] = {hashlib.sha256(b"{}\n").hexdigest()}
+    collector.ask(lambda tenant, asked: named & asked if tenant == "acme" else set())
+    mine = files.add("acme", NewFile("a.jsonl"), world.path(b"{}\n")).id
+    files.delete("acme", mine)
+    assert world.has_blob(b"{}\n")
+    kept = files.add("acme", NewFile("a.jsonl"), world.path(b"{}\n")).id
+    collector.collect("acme", named)
+    named.clear()
+    collector.collect("acme", [hashlib.sha256(b"{}\n").hexdigest()])  # what deleting an adapter's version does
+    assert world.has_blob(b"{}\n")
+    files.delete("acme", kept)
+    assert not world.has_blob(b"{}\n")
+
+
+def test_file_whose_content_cannot_be_deleted_stays_listed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = world.add()
+    with monkeypatch.context() as patched:
+
+        def down(key: str, data: object) -> bool:
+            raise StoreUnavailable
+
+        patched.setattr(world.store, "put_if_absent", down)
+        with pytest.raises(StoreUnavailable):
+            world.files.delete("acme", file_id)
+    world.files.delete("acme", file_id)
     assert not world.has_blob(b"{}\n")
 
 
