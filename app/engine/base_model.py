@@ -383,4 +383,6 @@ def make_adamw(
 def use_threads(count: int) -> None:
     """Set torch's CPU threads once at start: more threads than free cores cost a factor, not a percentage."""
     torch.set_num_threads(count)
+    # Nothing here is compiled, and bitsandbytes would load torch's compiler at import: two seconds of every start.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(count))
