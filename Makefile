@@ -4,7 +4,7 @@
 #   make test        install what tests need; everything that needs no root, no GPU and no server
 #   make test-real   the rest: SmolLM2, real S3 (Ceph), PostgreSQL, processes; as root it installs those by apt-get
 #   make check       format, lint, types, import rules
-#   make bench       measure this machine
+#   make bench       measure this machine beside PEFT; BENCH_ARGS="--rounds 1 ..." is handed to lodger bench
 #   make install     only install into .venv; PIP_ARGS=... is handed to every pip call
 
 SHELL := /bin/bash
@@ -21,6 +21,7 @@ BUILD := $(if $(filter-out 0,$(HAS_GPU)),cuda,cpu)
 PINS := deploy/constraints.txt deploy/constraints-$(BUILD).txt
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c deploy/constraints.txt -c deploy/constraints-$(BUILD).txt
 
+TEST_JOBS ?= 2
 # One thread each: the tests' models are tiny, and threads that wait for each other cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false AWS_EC2_METADATA_DISABLED=true
 REAL_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false AWS_EC2_METADATA_DISABLED=true
@@ -58,7 +59,7 @@ demo: install
 	@exec $(BIN)/lodger demo
 
 test: $(VENV)/.installed-test
-	$(TEST_ENV) $(BIN)/pytest -m "not real and not gpu" tests/unit tests/numerics tests/api
+	$(TEST_ENV) $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not gpu" tests/unit tests/numerics tests/api
 
 test-real: $(VENV)/.installed-test
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -75,7 +76,7 @@ check: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/lodger bench
+	$(BIN)/lodger bench --baseline all $(BENCH_ARGS)
 
 # After an upgrade in .venv that passed the tests: write down what is installed.
 pins: $(VENV)/.installed-test $(VENV)/.installed-dev
