@@ -129,6 +129,12 @@ class AdapterBaseMismatch(AdapterRefused):
     code = "adapter_base_mismatch"
 
 
+class AdapterRendererMismatch(AdapterRefused):
+    """The adapter was trained with another chat template than this server renders. Train it again here."""
+
+    code = "adapter_renderer_mismatch"
+
+
 class AdapterModuleUnknown(AdapterRefused):
     """The adapter changes a module that this base model does not have or does not adapt."""
 

@@ -22,6 +22,7 @@ FAILURE_REASONS: Mapping[str, str] = MappingProxyType(
         "adapter_rank_invalid": "rank",
         "adapter_rank_too_large": "rank",
         "adapter_base_mismatch": "base_mismatch",
+        "adapter_renderer_mismatch": "base_mismatch",
         "adapter_no_modules": "no_modules",
         "adapter_module_unknown": "no_modules",
         "adapter_values_not_finite": "nan",

@@ -119,13 +119,14 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     settings, base = parts.settings, parts.base
     limits = FileLimits(settings.max_file_bytes, settings.max_upload_bytes)
     files = FileStore(parts.database, parts.store, limits=limits, collector=parts.catalog.collector)
+    jobs = JobStore(parts.database)
     fine_tuning = FineTuning(
-        JobStore(parts.database),
+        jobs,
         WorkQueue(parts.database, base_id=base.spec.id),
         files,
         base=trainable_base(base, settings.max_rank),
         renderer=parts.renderer,
-        resolve_model=model_resolver(parts.catalog, base.spec.id),
+        resolve_model=model_resolver(parts.catalog, jobs, base.spec.id),
         scratch=parts.scratch,
         lease_s=settings.job_lease_s,
     )
@@ -176,7 +177,9 @@ def trainable_base(base: BaseModel, max_rank: int) -> TrainableBase:
     )
 
 
-def model_resolver(catalog: AdapterCatalog, base_id: str) -> Callable[[str, str], AdapterManifest | None]:
+def model_resolver(
+    catalog: AdapterCatalog, jobs: JobStore, base_id: str
+) -> Callable[[str, str], AdapterManifest | None]:
     """What a job's `model` stands for: None is the base, else the adapter version to continue from."""
 
     def resolve(tenant: str, model: str) -> AdapterManifest | None:
@@ -187,6 +190,9 @@ def model_resolver(catalog: AdapterCatalog, base_id: str) -> Callable[[str, str]
             raise model_not_found(model)
         if isinstance(name, AdapterName):
             return catalog.resolve(tenant, name.name, name.selector)
+        known = jobs.find_model(name.id)
+        if known is not None and known.tenant == tenant and known.manifest is not None:  # a checkpoint
+            return AdapterManifest.from_dict(known.manifest)
         for summary in catalog.list(tenant):
             for manifest in catalog.versions(tenant, summary.name):
                 if manifest.extra.get(FINE_TUNED_MODEL) == name.id:

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from adapters.errors import AdapterNameInvalid, AdapterNotFound
+from adapters.errors import AdapterNameInvalid, AdapterNotFound, AdapterRendererMismatch
 from adapters.manifest import AdapterManifest
 from app.api.context import ApiContext
 from app.api.generation import Generation, Plan
@@ -34,8 +35,56 @@ class AnswerFormat(ChunkFormat, Protocol):
         """The answer of a generation that has ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenModel:
+    """What answers a request."""
+
+    adapter: AdapterManifest | None  # None is the base
+    shown: str  # its name in the answer, by which it can be asked for again
+    is_shared: bool = False  # another tenant's, who lets the caller use it
+
+
+async def choose_model(context: ApiContext, caller: Caller, model: str) -> ChosenModel:
+    """What `model` means now for this caller, who may have been granted another tenant's fine-tuned model.
+
+    Raises ModelNotFound or an AdapterError.
+    """
+    services = context.services
+    name = parse_model_name(model, services.base.id)
+    is_shared = isinstance(name, FineTunedName) and name.tenant != caller.tenant
+    if is_shared:
+        assert isinstance(name, FineTunedName)
+        try:
+            adapter: AdapterManifest | None = await context.store(find_shared, services, caller.tenant, name)
+        except (AdapterNotFound, AdapterNameInvalid):
+            raise model_not_found(model) from None
+    else:
+        adapter = await resolve_model(context, caller, model)
+    if adapter is None:
+        return ChosenModel(None, services.base.id)
+    trained_with = adapter.renderer_digest
+    if trained_with is not None and trained_with != services.text.digest:
+        raise AdapterRendererMismatch(param="model")
+    is_numbered = adapter.version > 0 and not is_shared  # a checkpoint has no version
+    return ChosenModel(adapter, adapter.label if is_numbered else model, is_shared)
+
+
+def find_shared(services: Services, project: str, name: FineTunedName) -> AdapterManifest:
+    """Another tenant's model, where its owner granted `project` the use of it. Raises AdapterNotFound."""
+    training = services.training
+    if training is None or not training.permissions.may_use(project, name.id):
+        raise AdapterNotFound()
+    known = training.jobs.find_model(name.id)
+    if known is None or known.tenant != name.tenant:
+        raise AdapterNotFound()
+    return find_fine_tuned(services, name)
+
+
 async def resolve_model(context: ApiContext, caller: Caller, model: str) -> AdapterManifest | None:
-    """The adapter version that `model` means now, None for the base. Raises ModelNotFound or an AdapterError."""
+    """The caller's own adapter version that `model` means now, None for the base.
+
+    Raises ModelNotFound or an AdapterError.
+    """
     services = context.services
     name = parse_model_name(model, services.base.id)
     if isinstance(name, BaseModelName):
@@ -63,9 +112,9 @@ def find_fine_tuned(services: Services, name: FineTunedName) -> AdapterManifest:
     """The version that training published under this id, which its manifest carries, or a checkpoint of a job."""
     catalog = services.catalog
     known = None if services.training is None else services.training.jobs.find_model(name.id)
-    if known is not None and known.manifest is not None:
+    if known is not None and known.tenant == name.tenant and known.manifest is not None:
         return AdapterManifest.from_dict(known.manifest)
-    if known is not None and known.adapter_version is not None:
+    if known is not None and known.tenant == name.tenant and known.adapter_version is not None:
         return catalog.resolve(known.tenant, known.adapter_name, f"v{known.adapter_version}")
     for summary in catalog.list(name.tenant):
         for manifest in catalog.versions(name.tenant, summary.name):
@@ -127,11 +176,10 @@ async def answer(
     services = context.services
     if plan.adapter is not None:
         facts.adapter, facts.digest = plan.adapter.label, plan.adapter.digest
-    model = services.base.id if plan.adapter is None else plan.adapter.label
     limits = await limits_of(context, plan.tenant)
     headers = context.headers_for(plan.adapter) | spend_prompt(context, plan.tenant, limits, prompts)
     generation = Generation(context.client, services.text, plan, prompts, body.num_choices)
-    answer_format = make_format(generation, model)
+    answer_format = make_format(generation, plan.model)
     watch = DisconnectWatch(request.receive, generation.cancel)
     running = ExitStack()  # undone at the end of the answer, which for a stream is after this function's
     running.callback(facts.note_generation, generation)

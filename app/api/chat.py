@@ -8,7 +8,7 @@ from functools import partial
 
 from fastapi import APIRouter, Request
 
-from app.api.answering import answer, deadline_of, max_new_tokens, resolve_model, tokenize
+from app.api.answering import answer, choose_model, deadline_of, max_new_tokens, tokenize
 from app.api.auth import CallerDep
 from app.api.context import ContextDep, FactsDep
 from app.api.generation import Choice, Generation, Plan, ShownToken
@@ -32,7 +32,7 @@ async def create_chat_completion(
     num_logprobs = body.num_logprobs
     messages = body.rendered_messages()
     deadline = deadline_of(request, body, limits.max_timeout_s)
-    adapter = await resolve_model(context, caller, body.model)
+    chosen = await choose_model(context, caller, body.model)
     num_chars = sum(len(message["content"]) for message in messages)
     prompt = await tokenize(context, partial(services.text.render_chat, messages), num_chars)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -41,7 +41,9 @@ async def create_chat_completion(
     max_tokens = max_new_tokens(asked, limits.default_max_tokens, len(prompt), limits.max_context, "messages")
     plan = Plan(
         tenant=caller.tenant,
-        adapter=adapter,
+        adapter=chosen.adapter,
+        model=chosen.shown,
+        is_shared=chosen.is_shared,
         sampling=body.sampling(max_tokens=max_tokens, logprobs=num_logprobs, vocab_size=limits.vocab_size),
         stops=tuple(body.stop or ()),
         deadline=deadline,

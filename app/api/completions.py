@@ -9,7 +9,7 @@ from functools import partial
 
 from fastapi import APIRouter, Request
 
-from app.api.answering import answer, deadline_of, max_new_tokens, resolve_model, tokenize
+from app.api.answering import answer, choose_model, deadline_of, max_new_tokens, tokenize
 from app.api.auth import CallerDep
 from app.api.chat import finite
 from app.api.context import ApiContext, ContextDep, FactsDep
@@ -38,7 +38,7 @@ async def create_completion(
     if len(prompts) * body.num_choices > limits.max_sequences:
         raise RequestInvalid(f"One request makes at most {limits.max_sequences} answers.", param="prompt")
     deadline = deadline_of(request, body, limits.max_timeout_s)
-    adapter = await resolve_model(context, caller, body.model)
+    chosen = await choose_model(context, caller, body.model)
     ids = [await encode(context, prompt) for prompt in prompts]
     longest = max(map(len, ids))
     asked = body.max_tokens
@@ -50,7 +50,9 @@ async def create_completion(
         sampling = replace(sampling, prompt_logprobs=body.logprobs)
     plan = Plan(
         tenant=caller.tenant,
-        adapter=adapter,
+        adapter=chosen.adapter,
+        model=chosen.shown,
+        is_shared=chosen.is_shared,
         sampling=sampling,
         stops=tuple(body.stop or ()),
         deadline=deadline,

@@ -53,10 +53,12 @@ class Plan:
 
     tenant: str
     adapter: AdapterManifest | None
+    model: str  # what the answer says made it; can be asked for again
     sampling: SamplingParams
     stops: tuple[str, ...]
     deadline: float  # time.monotonic()
     echo: bool = False
+    is_shared: bool = False  # the adapter's owner lets this tenant use it
     hides_tokens: bool = False  # max_tokens 0: only the echo is wanted, the one token that scoring needs is not shown
 
 
@@ -234,6 +236,7 @@ class Generation:
                     arrival=arrival,
                     deadline=plan.deadline,
                     eos_ids=text.eos_ids,
+                    is_shared=plan.is_shared,
                 )
                 self.choices.append(Choice(self, index, request, text, plan))
 

@@ -12,7 +12,7 @@ from app.api.adapter_objects import delete_named, model_object
 from app.api.answering import FINE_TUNED_MODEL, resolve_model
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep, FactsDep
-from app.api.services import CatalogPort
+from app.api.services import Services
 from app.errors import RequestInvalid
 from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
 
@@ -22,7 +22,7 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
     """The base first, then the caller's adapters by bare name, then fine-tuned ids."""
-    data = [base_object(context), *await context.store(adapter_objects, context.services.catalog, caller.tenant)]
+    data = [base_object(context), *await context.store(adapter_objects, context.services, caller.tenant)]
     return {"object": "list", "data": data}
 
 
@@ -57,18 +57,25 @@ async def delete_model(model: str, caller: CallerDep, context: ContextDep) -> di
     return {"id": model, "object": "model", "deleted": True}
 
 
-def adapter_objects(catalog: CatalogPort, tenant: str) -> list[dict[str, Any]]:
-    """A tenant's adapters by name, and the id of every version that training made; blocks."""
-    by_name, fine_tuned = [], []
-    for summary in catalog.list(tenant):
-        by_name.append(model_object(summary.name, summary.live, summary.aliases, owner=tenant))
-        if summary.live is None or FINE_TUNED_MODEL not in summary.live.extra:
+def adapter_objects(services: Services, tenant: str) -> list[dict[str, Any]]:
+    """A tenant's adapters by name, and the id of every version that training made; blocks.
+
+    A bare name means `live`: an adapter without that alias has none, though its versions have ids.
+    """
+    by_name, fine_tuned = [], {}
+    jobs = services.training.jobs if services.training is not None else None
+    trained = {model.adapter_name for model in jobs.fine_tuned_models(tenant)} if jobs is not None else set()
+    for summary in services.catalog.list(tenant):
+        if summary.live is not None or not summary.versions:  # or a directory that its first request imports
+            by_name.append(model_object(summary.name, summary.live, summary.aliases, owner=tenant))
+        is_trained = summary.live is not None and FINE_TUNED_MODEL in summary.live.extra
+        if not is_trained and summary.name not in trained:
             continue  # spares a look at each version of what was uploaded
-        for manifest in catalog.versions(tenant, summary.name):
+        for manifest in services.catalog.versions(tenant, summary.name):
             model = manifest.extra.get(FINE_TUNED_MODEL)
             if model is not None:
-                fine_tuned.append(model_object(model, manifest, summary.aliases, owner=tenant))
-    return by_name + fine_tuned
+                fine_tuned[model] = model_object(model, manifest, summary.aliases, owner=tenant)
+    return [*by_name, *fine_tuned.values()]
 
 
 def base_object(context: ApiContext) -> dict[str, Any]:

@@ -58,6 +58,10 @@ class TextPort(Protocol):
     @property
     def eos_ids(self) -> frozenset[int]: ...
 
+    @property
+    def digest(self) -> str:
+        """Changes with anything that changes how messages become tokens."""
+
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Messages (role, content) as prompt ids, ending where the assistant speaks. Raises RequestInvalid."""
 

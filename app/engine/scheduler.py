@@ -119,7 +119,7 @@ class Scheduler:
                 f"The server's KV cache holds {self.kv.num_blocks * self.kv.block_size} tokens; this request may need "
                 f"{total - 1}. Shorten the prompt or ask for fewer tokens."
             )
-        if request.adapter is not None and request.adapter.tenant != request.tenant:
+        if request.adapter is not None and request.adapter.tenant != request.tenant and not request.is_shared:
             raise AccessDenied("This adapter belongs to another tenant.")
 
     # The life of a sequence: the engine thread alone from here on.

@@ -47,6 +47,7 @@ class Request:
     arrival: float  # time.monotonic()
     deadline: float  # time.monotonic(); waiting past it ends with "deadline"
     eos_ids: frozenset[int] = frozenset()
+    is_shared: bool = False  # the adapter is another tenant's, who lets this one use it
 
 
 class FinishReason(enum.Enum):

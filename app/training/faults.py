@@ -16,7 +16,6 @@ from app.training.job import JobError
 FAULTS = (StoreError, ServerBusy, AdapterUnavailable)
 # Denied and a full disk are the operator's to mend, or another worker's to do better: the job waits for that.
 PASSING = (StoreUnavailable, StoreDenied, LocalDiskFailed, ServerBusy, AdapterUnavailable)
-CODE = "stored_data_lost"
 
 
 class ContentLost(StoreError):
@@ -28,7 +27,11 @@ def lasting_error(fault: Exception, job_id: str) -> JobError | None:
     if isinstance(fault, PASSING) and not isinstance(fault, AdapterDigestMismatch):
         return None
     if isinstance(fault, ContentLost):
-        return JobError(CODE, f"{fault} Upload it again and make a new job.")
+        return JobError("stored_data_lost", f"{fault} Upload it again and make a new job.")
     if isinstance(fault, AdapterDigestMismatch):
-        return JobError(CODE, "The stored adapter to continue from is not what was published. Publish it again.")
-    return JobError(CODE, f"Something that the job had stored is missing ({type(fault).__name__}). Quote {job_id}.")
+        return JobError(
+            "stored_data_lost", "The stored adapter to continue from is not what was published. Publish it again."
+        )
+    return JobError(
+        "stored_data_lost", f"Something that the job had stored is missing ({type(fault).__name__}). Quote {job_id}."
+    )

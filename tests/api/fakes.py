@@ -36,6 +36,7 @@ class ByteText:
     """Token = byte; 256 ends a sequence. Chat renders as `role: content` lines."""
 
     eos_ids = frozenset({EOS})
+    digest = "byte-text"
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if any(message["role"] == "developer" for message in messages[1:]):

@@ -13,7 +13,8 @@ import pytest
 
 from adapters.errors import AdapterUnavailable
 from app.errors import NonFiniteOutput
-from tests.api.serving import Serving, serve, sse_events
+from tests.adapter_files import config_bytes
+from tests.api.serving import Serving, serve, sse_events, weights_bytes
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -290,3 +291,16 @@ def _raw_request(serving: Serving, body: dict[str, object]) -> bytes:
         f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data
+
+
+def test_adapter_trained_with_another_renderer_is_refused(serving: Serving, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    for name, digest in (("same", serving.services.text.digest), ("other", "f" * 64)):
+        path.write_bytes(weights_bytes())
+        catalog = serving.services.catalog
+        catalog.publish("acme", name, config_bytes(), path, source="training", renderer_digest=digest)
+    client = serving.openai()
+    assert client.chat.completions.create(model="same", messages=HELLO).choices
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="other", messages=HELLO)
+    assert refused.value.code == "adapter_renderer_mismatch"

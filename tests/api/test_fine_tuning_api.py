@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pandas as pd
 import pytest
 from openai import OpenAI
 
-from app.training.job import JobError, StepMetrics
+from app.training.job import JobError, StepMetrics, model_name
 from app.training.jobs import result_csv
+from tests.adapter_files import config_bytes
+from tests.api.serving import weights_bytes
 from tests.api.training_rig import Rig, chat_rows, jsonl, training_server
 
 BASE = "tiny-llama"
@@ -467,6 +470,58 @@ def test_checkpoint_is_shared_and_unshared(rig: Rig, client: OpenAI) -> None:
     assert not rig.training.permissions.may_use("globex", point.name)
     stranger = rig.serving.openai("globex").fine_tuning.checkpoints.permissions
     refusal(lambda: stranger.create(point.name, project_ids=["globex"]), openai.NotFoundError)
+
+
+def checkpoint(rig: Rig, client: OpenAI) -> str:
+    """A promptable checkpoint of acme: its name."""
+    create(client)
+    claim = rig.start()
+    manifest = replace(rig.serving.publish("acme", "source"), version=0, name=claim.job.adapter_name)
+    point, _ = rig.queue.add_checkpoint(claim, StepMetrics(1), asdict(manifest))
+    return point.name
+
+
+def test_granted_tenant_prompts_a_checkpoint_and_nobody_else_does(rig: Rig, client: OpenAI) -> None:
+    name, other = checkpoint(rig, client), rig.serving.openai("globex")
+    answer = client.completions.create(model=name, prompt="x", max_tokens=2)
+    assert answer.model == name  # can be asked for again
+    refusal(lambda: other.completions.create(model=name, prompt="x", max_tokens=2), openai.NotFoundError)
+    granted = list(client.fine_tuning.checkpoints.permissions.create(name, project_ids=["globex"]))
+    assert other.completions.create(model=name, prompt="x", max_tokens=2).model == name
+    request = rig.serving.engine.requests[-1]
+    assert (request.tenant, request.adapter.tenant, request.is_shared) == ("globex", "acme", True)
+    refusal(lambda: other.models.delete(name), openai.NotFoundError)
+    client.fine_tuning.checkpoints.permissions.delete(granted[0].id, fine_tuned_model_checkpoint=name)
+    refusal(lambda: other.completions.create(model=name, prompt="x", max_tokens=2), openai.NotFoundError)
+
+
+def test_job_continues_from_a_checkpoint_of_its_own_tenant(rig: Rig, client: OpenAI) -> None:
+    name = checkpoint(rig, client)
+    job = client.fine_tuning.jobs.create(model=name, training_file=upload(client))
+    assert job.model == name
+    assert rig.training.jobs.get("acme", job.id).spec.parent["job_id"] is None  # the published source's
+    other = rig.serving.openai("globex")
+    refusal(lambda: other.fine_tuning.jobs.create(model=name, training_file=upload(other)), openai.NotFoundError)
+
+
+def test_model_that_the_gate_held_back_is_listed_by_its_id_alone(rig: Rig, client: OpenAI, tmp_path: Path) -> None:
+    create(client)
+    claim = rig.start()
+    name = model_name(BASE, claim.job)
+    weights = tmp_path / "weights"
+    weights.write_bytes(weights_bytes(3))
+    adapter = claim.job.adapter_name
+    extra = {"fine_tuned_model": name}
+    services = rig.serving.services
+    services.catalog.publish("acme", adapter, config_bytes(), weights, alias=None, source="training", extra=extra)
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"step\n")
+    rig.succeed(claim, path)
+    listed = {model.id for model in client.models.list()}
+    assert name in listed
+    assert adapter not in listed
+    for model in listed:
+        assert client.models.retrieve(model).id == model
 
 
 def test_webhook_endpoints_are_managed(client: OpenAI) -> None:

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.manifest import AdapterManifest
 from adapters.store import DirectoryStore
 from app.api.http import create_app
 from app.api.training_services import TrainingServices
 from app.database import open_database
-from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
 from app.training.config import TrainableBase
 from app.training.dataset import DatasetLimits
 from app.training.files import FileLimits, FileStore
@@ -26,6 +24,7 @@ from app.training.permissions import Permissions
 from app.training.uploads import UploadStore
 from app.training.webhooks import Webhooks
 from app.training.work_queue import ClaimedJob, WorkQueue
+from app.training_side import model_resolver
 from tests.api.fakes import ScriptedEngine
 from tests.api.serving import MAX_CONTEXT, Serving, build_services, running
 from tests.byte_renderer import ByteRenderer
@@ -62,14 +61,6 @@ def training_server(directory: Path) -> Iterator[Rig]:
     services, keys = build_services(directory, engine)
     database, store = open_database(f"sqlite:///{directory / 'lodger.db'}"), DirectoryStore(directory / "store")
 
-    def resolve_model(tenant: str, model: str) -> AdapterManifest | None:
-        name = parse_model_name(model, services.base.id)
-        if isinstance(name, BaseModelName):
-            return None
-        if not isinstance(name, AdapterName) or name.tenant not in (None, tenant):
-            raise model_not_found(model)
-        return services.catalog.resolve(tenant, name.name, name.selector)
-
     jobs, queue = JobStore(database), WorkQueue(database, base_id=services.base.id)
     limits = FileLimits(max_file_bytes=1 << 20, max_upload_bytes=200 << 20)
     files = FileStore(database, store, limits=limits)
@@ -80,7 +71,7 @@ def training_server(directory: Path) -> Iterator[Rig]:
         files,
         base=base,
         renderer=ByteRenderer(),
-        resolve_model=resolve_model,
+        resolve_model=model_resolver(services.catalog, jobs, services.base.id),
         scratch=services.scratch,
         data_limits=DatasetLimits(),
     )
