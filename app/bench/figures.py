@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,13 @@ class Row:
     inter_token_ms: Percentiles | None
     cold_ttft_ms: Percentiles | None
     facts: ProcessFacts
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def tokens_per_s(self) -> float:
         return statistics.median(self.rounds_tokens_per_s)
 
 
-def make_row(
-    system: str, concurrency: int, adapters: int, rounds: Sequence[RoundTrace], facts: ProcessFacts, *notes: str
-) -> Row:
+def make_row(system: str, concurrency: int, adapters: int, rounds: Sequence[RoundTrace], facts: ProcessFacts) -> Row:
     """Throughput is the rounds' median; latencies are of all requests of all rounds together."""
     requests = [request for one in rounds for request in one.requests]
     return Row(
@@ -115,7 +112,6 @@ def make_row(
         Percentiles.of(gap for r in requests for gap in r.gaps_s),
         Percentiles.of(t for r in requests if r.is_cold and (t := r.ttft_s) is not None),
         facts,
-        notes,
     )
 
 

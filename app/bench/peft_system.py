@@ -31,7 +31,7 @@ BASE_ROWS = "__base__"  # PEFT's name in `adapter_names` for rows without an ada
 
 
 class PeftSystem:
-    """One PEFT model for both ways of using it; `kind` is "peft-mixed" or "peft-swap"."""
+    """One PEFT model for both ways of using it."""
 
     def __init__(self, tenancy: Tenancy, warm: Sequence[str], dtype: str | None = None) -> None:
         settings = tenancy.settings
@@ -79,7 +79,8 @@ class PeftSystem:
         traces = [trace for batch in batches for trace in self._answer(batch, is_mixed=is_mixed)]
         wall_s = time.monotonic() - began
         for label in [label for label in self._names if label.startswith("cold-")]:
-            self._model.delete_adapter(self._names.pop(label))  # cold again in the next round
+            if len(self._names) > 1:  # PEFT cannot be without any
+                self._model.delete_adapter(self._names.pop(label))  # cold again for the other way
         return RoundTrace(wall_s, tuple(traces))
 
     def _answer(self, jobs: Sequence[Job], *, is_mixed: bool) -> list[RequestTrace]:
@@ -141,20 +142,6 @@ class PeftSystem:
     def _name(self, label: str) -> str:
         # Names of one length, none part of another: PEFT finds an adapter's tensors by substring in places.
         return self._names.setdefault(label, label.replace("-", "_"))
-
-
-class PeftMixed(PeftSystem):
-    """`adapter_names` batches as a `System`."""
-
-    def round(self, jobs: Sequence[Job], concurrency: int) -> RoundTrace:
-        return self.mixed(jobs, concurrency)
-
-
-class PeftSwap(PeftSystem):
-    """`set_adapter`, one at a time, as a `System`."""
-
-    def round(self, jobs: Sequence[Job], concurrency: int) -> RoundTrace:
-        return self.swap(jobs, concurrency)
 
 
 class _TokenClock(BaseStreamer):  # type: ignore[misc]

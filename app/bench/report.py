@@ -14,7 +14,7 @@ from rich.table import Table
 
 from app.bench.figures import Percentiles, Row, ratio
 from app.bench.machine import MachineFacts
-from app.bench.workload import WorkloadSpec
+from app.bench.workload import SWAP_REQUESTS, WorkloadSpec
 
 if TYPE_CHECKING:
     from app.bench.cold import ColdResult
@@ -111,6 +111,8 @@ def _head(report: Report) -> list[str]:
     ]
     if machine.is_busy:
         lines.append("WARNING: the machine was busy before this began; these figures are not worth publishing")
+    if "peft-swap" in spec.systems:
+        lines.append(f"peft-swap answers the first {SWAP_REQUESTS} requests of each round, one at a time")
     if report.tokens_checked:
         lines.append(f"{report.tokens_checked} greedy fp32 tokens equal PEFT's")
     return lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +19,12 @@ from app.bench.exactness import checked_jobs, require_equal
 from app.bench.figures import RoundTrace, make_row
 from app.bench.http_system import HttpSystem
 from app.bench.machine import MachineFacts, machine_facts
-from app.bench.peft_system import PeftMixed, PeftSwap
+from app.bench.peft_system import PeftSystem
 from app.bench.process import Child
 from app.bench.report import Report
 from app.bench.tenancy import Tenancy, furnish, scratch_settings
 from app.bench.workload import (
+    SWAP_REQUESTS,
     Job,
     WorkloadSpec,
     cold_labels,
@@ -49,6 +50,24 @@ class Callee(Protocol):
     def call(self, method: str, *args: Any, timeout_s: float) -> Any: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PeftWay:
+    """One of the two ways, "mixed" or "swap", of using the one PEFT process."""
+
+    child: Child
+    way: str
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        if method != "round":
+            return self.child.call(method, *args, timeout_s=timeout_s)
+        jobs, concurrency = args
+        width = min(concurrency, SWAP_REQUESTS) if self.way == "swap" else concurrency
+        return self.child.call(self.way, jobs, width, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        self.child.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +110,11 @@ def run_bench(settings: Settings, spec: WorkloadSpec, say: Say) -> Report:
 def _measure(bench: Bench, base: BaseModelSpec, machine: MachineFacts) -> Report:
     spec = bench.spec
     report = Report(spec, machine, base.id)
-    if any(system.startswith("peft") for system in spec.systems):
-        bench.say("comparing greedy fp32 tokens with PEFT's")
-        report.tokens_checked = check_tokens(bench)
     if spec.systems:
         with _running(bench) as systems:
+            if any(name.startswith("peft") for name in systems):
+                bench.say("comparing greedy fp32 tokens with PEFT's")
+                report.tokens_checked = check_tokens(bench, systems)
             for concurrency in spec.concurrency:
                 traces = measure_load(bench, systems, concurrency)
                 adapters = spec.adapters_at(concurrency)
@@ -111,15 +130,22 @@ def _measure(bench: Bench, base: BaseModelSpec, machine: MachineFacts) -> Report
     return report
 
 
-def check_tokens(bench: Bench) -> int:
-    """Let ours and PEFT answer the first batch in fp32, both ways; return how many tokens are equal."""
+def check_tokens(bench: Bench, systems: Mapping[str, Callee]) -> int:
+    """Let ours and PEFT answer the first batch in fp32, all ways; return how many tokens are equal.
+
+    What runs is asked if it computes in fp32 anyway; else two processes are started for this.
+    """
     concurrency = max(bench.spec.concurrency)
-    jobs = checked_jobs(bench.jobs(concurrency, 0), concurrency)
+    jobs = checked_jobs(make_jobs(replace(bench.spec, cold_share=0.0), concurrency, bench.vocab_size), concurrency)
     limit_s = _limit(jobs)
+    ways = [name.removeprefix("peft-") for name in systems if name.startswith("peft")]
+    if "offline" in systems and computes_in(bench.tenancy.settings)[0] == "float32":
+        own: RoundTrace = systems["offline"].call("round", jobs, concurrency, timeout_s=limit_s)
+        theirs = {f"peft-{way}": systems[f"peft-{way}"].call(way, jobs, concurrency, timeout_s=limit_s) for way in ways}
+        return require_equal(jobs, own, theirs)
     with _child("lodger, fp32", EngineSystem, bench.tenancy, 0.0, "float32") as ours:
-        own: RoundTrace = ours.call("round", jobs, concurrency, timeout_s=limit_s)
-    with _child("peft, fp32", PeftMixed, bench.tenancy, bench.warm, "float32") as peft:
-        ways = [name.removeprefix("peft-") for name in bench.spec.systems if name.startswith("peft")]
+        own = ours.call("round", jobs, concurrency, timeout_s=limit_s)
+    with _child("peft, fp32", PeftSystem, bench.tenancy, bench.warm, "float32") as peft:
         theirs = {f"peft-{way}": peft.call(way, jobs, concurrency, timeout_s=limit_s) for way in ways}
     return require_equal(jobs, own, theirs)
 
@@ -183,6 +209,10 @@ def _running(bench: Bench) -> Iterator[dict[str, Callee]]:
     jobs = warm_up_jobs(bench.spec, bench.warm, bench.vocab_size)
     with contextlib.ExitStack() as stack:
         for name in bench.spec.systems:
+            shared = next((s.child for s in systems.values() if isinstance(s, PeftWay)), None)
+            if shared is not None:
+                systems[name] = PeftWay(shared, name.removeprefix("peft-"))
+                continue
             bench.say(f"starting {name}")
             systems[name] = _start(name, bench)
             stack.callback(systems[name].close)
@@ -198,10 +228,9 @@ def _start(name: str, bench: Bench) -> Callee:
         case "http":
             dtype, weights = computes_in(tenancy.settings)
             return HttpSystem(tenancy, stream=bench.spec.stream, dtype=dtype, weights=weights)
-        case "peft-mixed":
-            return Child(PeftMixed, tenancy, bench.warm, name=name, start_timeout_s=START_TIMEOUT_S)
         case _:
-            return Child(PeftSwap, tenancy, bench.warm, name=name, start_timeout_s=START_TIMEOUT_S)
+            child = Child(PeftSystem, tenancy, bench.warm, name="peft", start_timeout_s=START_TIMEOUT_S)
+            return PeftWay(child, name.removeprefix("peft-"))
 
 
 def _cold(bench: Bench) -> ColdResult:

@@ -18,6 +18,7 @@ MODES = ("offline", "http", "both", "none")
 BASELINES = ("none", "peft-mixed", "peft-swap", "all")
 TRAINING = ("off", "on", "both")
 ADAPTER_NAME = "bench"  # of each tenant's one adapter
+SWAP_REQUESTS = 4  # of a round that PEFT answers one at a time: its speed does not depend on how many there are
 REQUESTS_PER_STREAM = 2  # where --requests is not given
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,6 +84,8 @@ def run(loaded: LoadedSettings, spec: WorkloadSpec, out: Path) -> None:
     from app.bench.report import wide_console
     from app.bench.run import run_bench
 
+    # Whoever ends this ends what it started too: the server, and the scratch directory.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     report = run_bench(loaded.settings, spec, say)
     report.print(wide_console())
     out.mkdir(parents=True, exist_ok=True)
