@@ -78,8 +78,10 @@ def assert_same(one: dict[str, LoraPair], other: dict[str, LoraPair], tolerance:
 # ---- what comes out
 
 
-def plain_loop(base_dir: Path, base: BaseModel, config: TrainingConfig, data: TrainingSet) -> dict[str, LoraPair]:
-    """The same job with PEFT and torch: whole batches, autograd through everything."""
+def plain_loop(
+    base_dir: Path, base: BaseModel, config: TrainingConfig, data: TrainingSet
+) -> tuple[dict[str, LoraPair], list[float]]:
+    """The same job with PEFT and torch: whole batches, autograd through everything. Weights, and each step's loss."""
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
@@ -101,6 +103,7 @@ def plain_loop(base_dir: Path, base: BaseModel, config: TrainingConfig, data: Tr
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     order = BatchOrder(data.train.num_tokens, batch_size=config.batch_size, seed=config.seed)
     schedule = RateSchedule(config.schedule, config.learning_rate, config.warmup_steps, config.total_steps)
+    reported = []
     for step in range(config.total_steps):
         batch = [data.train[int(position)][0] for position in order.batch(step)]
         losses = []
@@ -109,15 +112,17 @@ def plain_loop(base_dir: Path, base: BaseModel, config: TrainingConfig, data: Tr
             at = torch.tensor(np.array(sequence.labels).nonzero()[0])
             losses.append(F.cross_entropy(model(input_ids=ids).logits[0, at - 1], ids[0, at], reduction="sum"))
         loss = torch.stack(losses).sum() / sum(sequence.num_labels for sequence in batch)
+        reported.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.param_groups[0]["lr"] = schedule.rate(step)
         optimizer.step()
-    return {
+    trained = {
         path: LoraPair(m.lora_A["default"].weight.detach(), m.lora_B["default"].weight.detach(), config.scaling)
         for path, m in modules.items()
     }
+    return trained, reported
 
 
 def test_whole_job_equals_a_plain_peft_loop_and_leaves_the_base_alone(rig: Rig, base_dir: Path) -> None:
@@ -128,7 +133,11 @@ def test_whole_job_equals_a_plain_peft_loop_and_leaves_the_base_alone(rig: Rig, 
     assert done.config is not None
     assert done.config.total_steps == 8
     data = rig.fine_tuning.prepare(done.tenant, done.spec)
-    assert_same(published(rig, done), plain_loop(base_dir, rig.base, done.config, data), 1e-4)
+    want, losses = plain_loop(base_dir, rig.base, done.config, data)
+    assert_same(published(rig, done), want, 1e-4)
+    # Adam forgives a wrong scale of the gradients; the losses do not: they are means over the step's label tokens.
+    got = [values["train_loss"] for _, values in rig.jobs.metrics(done.id)]
+    assert got == pytest.approx(losses, rel=1e-4)
     assert rig.base.checksums() == before
     assert done.trained_tokens == 2 * data.report.training.label_tokens
     assert done.total_tokens == 2 * data.report.training.tokens
