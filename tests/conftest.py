@@ -16,7 +16,7 @@ StartServer = Callable[..., "ServerProcess"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything imports torch: no hub, and as many threads as there are cores unless the caller says otherwise."""
+    """Before anything imports torch: no hub, and one thread a core unless the caller says otherwise."""
     from app.machine import available_cores
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

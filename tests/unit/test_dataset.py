@@ -144,7 +144,7 @@ BAD_ROWS: list[tuple[str, object, tuple[str, int | None, str | None]]] = [
 def test_bad_row_is_told_with_code_and_line(row: object, expected: Any, packed: bool, tmp_path: Path) -> None:
     data = jsonl(GOOD, GOOD, row, GOOD)
     code, message, field = expected
-    assert first_finding(gzip.compress(data) if packed else data, tmp_path) == (code, 3, message, field)
+    assert first_finding(gzip.compress(data, mtime=0) if packed else data, tmp_path) == (code, 3, message, field)
 
 
 PAIR = {"input": {"messages": [user()]}, "preferred_output": [answer("x")], "non_preferred_output": [answer("y")]}
@@ -182,9 +182,13 @@ WHOLE_FILES: list[tuple[str, bytes, tuple[str, int]]] = [
     ("one JSON list", json.dumps([GOOD, GOOD]).encode(), ("data_type", 1)),
     ("csv", b"prompt,completion\na,b\n", ("invalid_json", 1)),
     ("two newlines at the end", jsonl(GOOD) + b"\n", ("empty_line", 2)),
-    ("gzip cut off", gzip.compress(jsonl(*[GOOD] * 50))[:-9], ("invalid_gzip", 1)),
-    ("gzip with a flipped byte", gzip.compress(jsonl(GOOD))[:-6] + b"\x00\x01\x02\x03\x04\x05", ("invalid_gzip", 1)),
-    ("gzip with a tail", gzip.compress(jsonl(GOOD)) + b"tail", ("invalid_gzip", 1)),
+    ("gzip cut off", gzip.compress(jsonl(*[GOOD] * 50), mtime=0)[:-9], ("invalid_gzip", 1)),
+    (
+        "gzip with a flipped byte",
+        gzip.compress(jsonl(GOOD), mtime=0)[:-6] + b"\x00\x01\x02\x03\x04\x05",
+        ("invalid_gzip", 1),
+    ),
+    ("gzip with a tail", gzip.compress(jsonl(GOOD), mtime=0) + b"tail", ("invalid_gzip", 1)),
 ]
 
 
@@ -199,7 +203,7 @@ def test_bad_file_is_told_with_code_and_line(data: bytes, expected: tuple[str, i
         pytest.param(jsonl(GOOD, GOOD)[:-1], id="no newline at the end"),
         pytest.param(jsonl(GOOD, GOOD).replace(b"\n", b"\r\n"), id="windows line ends"),
         pytest.param(codecs.BOM_UTF8 + jsonl(GOOD, GOOD), id="utf-8 byte order mark"),
-        pytest.param(gzip.compress(jsonl(GOOD)) + gzip.compress(jsonl(GOOD)), id="two gzip members"),
+        pytest.param(gzip.compress(jsonl(GOOD), mtime=0) + gzip.compress(jsonl(GOOD), mtime=0), id="two gzip members"),
         pytest.param(jsonl(GOOD, chat(user([{"type": "text", "text": "ab"}]), answer())), id="text parts"),
         pytest.param(jsonl(GOOD, chat(user(), answer(None, refusal="cd"))), id="a refusal"),
         pytest.param(jsonl(GOOD, GOOD | {"tools": []}), id="no tools, said so"),
@@ -260,7 +264,7 @@ def peak_bytes(source: Any, limits: DatasetLimits) -> tuple[int, FindingLog]:
 
 
 def test_decompression_bomb_is_stopped_in_bounded_memory() -> None:
-    bomb = gzip.compress(b"\n" * 1000 + b" " * (64 << 20), 9)
+    bomb = gzip.compress(b"\n" * 1000 + b" " * (64 << 20), 9, mtime=0)
     assert len(bomb) < 100_000
     limits = DatasetLimits(max_unpacked_bytes=16 << 20)
     peak, log = peak_bytes(io.BytesIO(bomb), limits)
@@ -314,8 +318,8 @@ def test_more_lines_than_allowed_end_the_reading(tmp_path: Path) -> None:
         (b"", ("empty_line", 1)),
         (b"a\nb\n\xff\n", ("invalid_utf8", 3)),
         (b"a\nb\xc3", ("invalid_utf8", 2)),
-        (gzip.compress(b"a\n\xff\n"), ("invalid_utf8", 2)),
-        (gzip.compress(b" " * (2 << 20)), ("file_too_large", 1)),
+        (gzip.compress(b"a\n\xff\n", mtime=0), ("invalid_utf8", 2)),
+        (gzip.compress(b" " * (2 << 20), mtime=0), ("file_too_large", 1)),
         ("a\n".encode("utf-16"), ("invalid_utf8", 1)),
         (b"PK\x03\x04", ("wrong_format", 1)),
     ],
