@@ -62,7 +62,9 @@ def test_hostile_adapter_is_refused_with_its_code(case: HostileAdapter, tmp_path
 
 
 def test_corpus_reaches_every_refusal() -> None:
-    assert {case.code for case in CORPUS} == {cls.code for cls in refusals()}
+    # A renderer is no matter of the files: the manifest names it, and whoever resolves a model compares it.
+    of_the_manifest = {"adapter_renderer_mismatch"}
+    assert {case.code for case in CORPUS} == {cls.code for cls in refusals()} - of_the_manifest
     assert all(cls.__doc__ for cls in refusals())
 
 
