@@ -73,7 +73,7 @@ def measure_coserving(spec: WorkloadSpec, vocab_size: int, call: Call) -> Coserv
     """`call(method, *args)` runs a method of a `CoservingSystem`."""
     concurrency = min(spec.concurrency)
     jobs = make_jobs(replace(spec, cold_share=0.0), concurrency, vocab_size)
-    full: RoundTrace = call("round", jobs, concurrency)
+    full = call("serve", jobs, concurrency, (), False, WINDOW_S).trace
     alone, idle = (float(call(method, WINDOW_S)) for method in ("train_alone", "train_idle"))
     kinds = {"off": (False,), "on": (True,), "both": (False, True)}[spec.train]
     points = [_point(load, full.tokens_per_s, spec, jobs, concurrency, kinds, call) for load in LOADS]

@@ -252,18 +252,19 @@ def test_loads_below_one_come_at_random_moments_and_training_takes_turns() -> No
     served: list[tuple[bool, bool]] = []
 
     def call(method: str, *args: Any) -> Any:
-        if method == "round":
-            return RoundTrace(0.02, (trace(0, 1.0, 1.01),))  # 100 tokens/s
         if method != "serve":
             return 50.0
         _, _, arrivals, is_training, _ = args
         served.append((bool(arrivals), is_training))
+        if len(served) == 1:
+            return Window(RoundTrace(0.02, (trace(0, 1.0, 1.01),)), 0)  # 100 tokens/s
         found = RoundTrace(10.0, (trace(0, 1.0, 1.02 if is_training else 1.01),))
         return Window(found, 250 if is_training else 0)
 
     result = measure_coserving(spec, VOCAB, call)
     assert [point.load for point in result.points] == list(LOADS)
-    assert served == [(load < 1, on) for load in LOADS for _ in range(2) for on in (False, True)]
+    assert result.full_tokens_per_s == pytest.approx(100)
+    assert served[1:] == [(load < 1, on) for load in LOADS for _ in range(2) for on in (False, True)]
     assert [point.p95_ratio for point in result.points] == pytest.approx([2.0] * 4)
     assert [result.share_kept(point) for point in result.points] == pytest.approx([0.5] * 4)
 
