@@ -189,6 +189,9 @@ class Settings(BaseSettings):
     tenant_max_jobs: Count | None = Field(
         None, description="Unfinished fine-tuning jobs of one tenant; unset: no limit."
     )
+    tenant_training_tokens_per_day: Count | None = Field(
+        None, description="Tokens that one tenant's fine-tuning jobs of 24 hours train on; unset: no limit."
+    )
 
     # Training
     training: Annotated[Literal["auto", "off"], Choice] = Field(

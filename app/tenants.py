@@ -36,6 +36,7 @@ tenants_table = sa.Table(
     sa.Column("max_adapters", sa.BigInteger),
     sa.Column("max_storage_bytes", sa.BigInteger),
     sa.Column("max_jobs", sa.BigInteger),
+    sa.Column("training_tokens_per_day", sa.BigInteger),
 )
 keys_table = sa.Table(
     "api_keys",
@@ -88,6 +89,7 @@ class TenantLimits:
     max_adapters: int | None = None
     max_storage_bytes: int | None = None
     max_jobs: int | None = None  # unfinished fine-tuning jobs
+    training_tokens_per_day: int | None = None  # of the jobs made in 24 hours; reached, no further job is made
 
     def over(self, defaults: TenantLimits) -> TenantLimits:
         """These limits, and the defaults' where these say nothing."""
@@ -252,7 +254,7 @@ class Tenants:
         """The same from the cache alone: never blocks; None when the database has to be asked."""
         return self._limits.get(tenant)
 
-    def set_limits(self, tenant: str, **changes: int | None) -> Tenant:
+    def set_limits(self, tenant: str, /, **changes: int | None) -> Tenant:
         """Change a tenant's own row; None is the server's default again. Raises RequestInvalid, TenantNotFound."""
         for name, value in changes.items():
             if name not in LIMIT_NAMES:

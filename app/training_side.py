@@ -122,9 +122,9 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     jobs = JobStore(parts.database)
     fine_tuning = FineTuning(
         jobs,
-        WorkQueue(parts.database, base_id=base.spec.id),
+        WorkQueue(parts.database, base_id=base.spec.id, base_digest=base.spec.digest),
         files,
-        base=trainable_base(base, settings.max_rank),
+        base=trainable_base(base, settings.max_rank, settings.max_scale),
         renderer=parts.renderer,
         resolve_model=model_resolver(parts.catalog, jobs, base.spec.id),
         scratch=parts.scratch,
@@ -164,7 +164,7 @@ def build_trainer(parts: Parts, fine_tuning: FineTuning) -> Trainer:
     return Trainer(room, worker=worker[:128], lease_s=parts.settings.job_lease_s, wake=wake)
 
 
-def trainable_base(base: BaseModel, max_rank: int) -> TrainableBase:
+def trainable_base(base: BaseModel, max_rank: int, max_scale: float) -> TrainableBase:
     shapes = base.shapes
     return TrainableBase(
         base.spec,
@@ -173,6 +173,7 @@ def trainable_base(base: BaseModel, max_rank: int) -> TrainableBase:
         num_layers=shapes.num_layers,
         vocab_size=shapes.vocab_size,
         max_rank=max_rank,
+        max_scale=max_scale,
         compute_bytes=base.dtype.itemsize,
     )
 

@@ -69,27 +69,27 @@ class ApiContext:
         self._preflights = _Shares(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_TENANT)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)
 
-    async def database(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def database(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call that asks the database, and nothing slower, in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._database)
 
-    async def store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def store(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call that may wait for the store in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._store)
 
-    async def disk(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def disk(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call that writes a piece of a scratch file in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._disk)
 
-    async def long_work(self, tenant: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def long_work(self, tenant: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call that reads or copies a whole file, or waits for a stranger's server. Raises ServerBusy."""
         return await self._long.run(tenant, partial(call, *args, **kwargs))
 
-    async def preflight(self, tenant: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def preflight(self, tenant: str, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a long computation on a whole dataset in a worker thread. Raises ServerBusy."""
         return await self._preflights.run(tenant, partial(call, *args, **kwargs))
 
-    async def rendering(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def rendering(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a long computation on text in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._renders)
 

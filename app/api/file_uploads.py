@@ -11,7 +11,7 @@ from app.api.auth import CallerDep
 from app.api.context import ContextDep
 from app.api.files import check_ttl, file_object, max_stored_bytes
 from app.api.multipart import FormShape, received_form
-from app.api.schemas import Body
+from app.api.schemas import Body, StoredBody
 from app.api.training_services import TrainingDep, seconds
 from app.training.files import MAX_FILENAME_CHARS, NewFile, StoredFile
 from app.training.uploads import MAX_PART_BYTES, MAX_PARTS, Upload
@@ -24,7 +24,7 @@ class ExpiresAfter(Body):
     seconds: int
 
 
-class UploadBody(Body):
+class UploadBody(StoredBody):
     """POST /v1/uploads."""
 
     bytes: Annotated[int, Field(ge=1)]
@@ -34,7 +34,7 @@ class UploadBody(Body):
     expires_after: ExpiresAfter | None = None
 
 
-class CompleteBody(Body):
+class CompleteBody(StoredBody):
     """POST /v1/uploads/{id}/complete."""
 
     part_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS)]

@@ -17,7 +17,7 @@ from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep
 from app.api.fine_tuning_schemas import CreateJobBody
 from app.api.job_objects import checkpoint_object, event_object, job_object, preflight_object
-from app.api.schemas import Body
+from app.api.schemas import StoredBody
 from app.api.training_services import TrainingDep, TrainingServices, list_object, page_object, seconds
 from app.errors import RequestInvalid
 from app.tenants import Caller
@@ -48,7 +48,8 @@ async def create_job(
     limits = await context.database(context.services.tenants.limits, caller.tenant)
     asked = _job_request(body, request)
     create = training.fine_tuning.create
-    job = await context.store(create, caller.tenant, asked, max_active=limits.max_jobs)
+    quota = limits.training_tokens_per_day
+    job = await context.store(create, caller.tenant, asked, max_active=limits.max_jobs, max_tokens_per_day=quota)
     return await _shown(context, training, job)
 
 
@@ -206,7 +207,7 @@ async def list_checkpoints(
 # ---- permissions
 
 
-class PermissionBody(Body):
+class PermissionBody(StoredBody):
     """POST …/permissions: a project is a tenant."""
 
     project_ids: Annotated[list[Annotated[str, Field(max_length=63)]], Field(min_length=1, max_length=100)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from app.api.schemas import Body
+from app.api.schemas import Body, StoredBody
 from app.errors import RequestInvalid, UnsupportedParameter
 from app.training.dataset_rows import Method
 from app.training.fine_tuning import JobRequest
@@ -99,7 +99,7 @@ class PublishBody(Body):
     gate: GateBody = GateBody()
 
 
-class CreateJobBody(Body):
+class CreateJobBody(StoredBody):
     """POST /v1/fine_tuning/jobs and /v1/fine_tuning/preflight."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]

@@ -24,7 +24,7 @@ from app.api import admin, chat, completions, file_uploads, files, fine_tuning, 
 from app.api.auth import require_admin
 from app.api.context import ApiContext
 from app.api.errors import ErrorAnswer, answer_for, answer_for_status, from_validation
-from app.api.middleware import BodyLimit, RequestLog, facts_of
+from app.api.middleware import BodyLimit, NoNul, RequestLog, facts_of
 from app.api.services import Services
 from app.errors import LodgerError
 from app.training.uploads import MAX_PART_BYTES
@@ -73,6 +73,7 @@ def _bare_app(services: Services, *, title: str) -> FastAPI:
         max_upload_bytes=_max_upload_bytes(services) + FORM_BYTES,
         upload_timeout_s=limits.upload_timeout_s,
     )
+    app.add_middleware(NoNul)
     app.add_middleware(RequestLog, metrics=services.metrics, headers={"x-lodger-base-digest": services.base.digest})
     for error_class in (LodgerError, AdapterError, StoreError):
         app.add_exception_handler(error_class, _on_error)

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import ErrorAnswer, answer_for, answer_for_status
-from app.errors import InternalError
+from app.errors import InternalError, RequestInvalid
 from app.logs import describe_error
 from app.metrics import Metrics
 
@@ -194,6 +194,26 @@ async def send_answer(answer: ErrorAnswer, send: Send) -> None:
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+class NoNul:
+    """Refuses NUL in a path or query: no name here has one, and databases take none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = None
+        if scope["type"] == "http":
+            if "\x00" in scope["path"]:
+                answer = answer_for_status(404)
+            elif b"%00" in scope["query_string"]:
+                answer = answer_for(RequestInvalid("The query holds a NUL character."))
+        if answer is None:
+            await self._app(scope, receive, send)
+        else:
+            facts_of(scope).code = answer.code
+            await send_answer(answer, send)
 
 
 class BodyLimit:

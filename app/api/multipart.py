@@ -14,6 +14,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.context import ApiContext
+from app.api.schemas import check_storable
 from app.errors import RequestInvalid, UnknownParameter
 from app.training.files import MAX_FILENAME_CHARS, FileTooLarge
 
@@ -154,4 +155,5 @@ def _form(reader: _Reader, shape: FormShape, path: Path) -> Form:
         values = {name: bytes(value).decode() for name, value in reader.values.items()}
     except UnicodeDecodeError:
         raise RequestInvalid("Fields of a form are UTF-8.") from None
+    check_storable([*values.values(), reader.filename])
     return Form(values, reader.filename or shape.file, path)

@@ -78,6 +78,38 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+class StoredBody(Body):
+    """A body whose strings are kept in the database, which takes neither NUL nor half a character."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_strings(cls, value: Any) -> Any:
+        check_storable(value)
+        return value
+
+
+def check_storable(value: Any) -> None:
+    """Raises RequestInvalid where a string, at any depth, cannot be kept."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            if "\x00" in item or not is_encodable(item):
+                raise RequestInvalid("Texts are Unicode without NUL and without halves of surrogate pairs.")
+        elif isinstance(item, Mapping):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            pending += item
+
+
+def is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis is the proxy's business: no effect
@@ -313,14 +345,14 @@ class RollbackBody(Body):
     alias: str | None = None
 
 
-class TenantBody(Body):
+class TenantBody(StoredBody):
     """POST /admin/tenants."""
 
     id: str
     limits: dict[str, int | None] | None = None
 
 
-class KeyBody(Body):
+class KeyBody(StoredBody):
     """POST /admin/keys: exactly one of `tenant`, `tenants` and `all_tenants`."""
 
     tenant: str | None = None

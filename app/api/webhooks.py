@@ -9,7 +9,7 @@ from pydantic import Field
 
 from app.api.auth import CallerDep
 from app.api.context import ContextDep
-from app.api.schemas import Body
+from app.api.schemas import Body, StoredBody
 from app.api.training_services import TrainingDep, page_object, seconds
 from app.training.webhook_post import MAX_URL_CHARS
 from app.training.webhooks import EVENT_TYPES, Endpoint, EndpointChange
@@ -21,7 +21,7 @@ Url = Annotated[str, Field(max_length=MAX_URL_CHARS)]
 EventTypes = Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)]
 
 
-class EndpointBody(Body):
+class EndpointBody(StoredBody):
     """POST /v1/webhook_endpoints."""
 
     name: Name
@@ -29,7 +29,7 @@ class EndpointBody(Body):
     event_types: EventTypes
 
 
-class EndpointUpdateBody(Body):
+class EndpointUpdateBody(StoredBody):
     """POST /v1/webhook_endpoints/{id}."""
 
     name: Name | None = None
@@ -41,7 +41,7 @@ class RotateBody(Body):
     keep_old_secret_active_for_24_hours: bool = False
 
 
-class TestBody(Body):
+class TestBody(StoredBody):
     event_type: Annotated[str, Field(max_length=64)]
 
 

@@ -16,6 +16,8 @@ from app.settings_sources import FIELDS, flag_of, load_settings, variable_of
 WHERE = ("config", "data_dir", "database_url")  # what the commands on tenants and keys need
 STORES = (*WHERE, "store", *(name for name in FIELDS if name.startswith(("s3_", "base_"))), "quantization", "max_rank")
 
+SHORTER = {"training": ("--train",)}  # flags that may be written otherwise, too
+
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command whose first parameter is `loaded: LoadedSettings`; flags of `names` (default: all) fill it."""
@@ -43,6 +45,7 @@ def _flag(name: str) -> inspect.Parameter:
     default = "" if field.default_factory or field.default in (None, "") else f"default {field.default}, "
     option = typer.Option(
         flag_of(name),
+        *SHORTER.get(name, ()),
         help=f"{field.description} [{default}{variable_of(name)}]",
         metavar=_metavar(name, field),
         show_default=False,

@@ -63,6 +63,7 @@ def limits(
     max_adapters: Limit = None,
     max_storage_bytes: Limit = None,
     max_jobs: Limit = None,
+    training_tokens_per_day: Limit = None,
 ) -> None:
     """Show a tenant's limits, or set some; `default` gives one back to the server's setting."""
     from app.tenants import LIMIT_NAMES
@@ -75,6 +76,7 @@ def limits(
         "max_adapters": max_adapters,
         "max_storage_bytes": max_storage_bytes,
         "max_jobs": max_jobs,
+        "training_tokens_per_day": training_tokens_per_day,
     }
     changes = {limit: _parse(limit, text) for limit, text in given.items() if text is not None}
     store = open_tenants(loaded.settings)

@@ -36,6 +36,7 @@ class TrainableBase:
     vocab_size: int
     max_rank: int  # largest rank that may be served
     compute_bytes: int = 2  # of one activation value
+    max_scale: float = 128.0  # largest scaling, alpha over rank, that may be served
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,12 @@ def base_rate(base: BaseModelSpec, method: Method) -> float:
     return BASE_RATE_LARGE if parameters >= LARGE_BASE_PARAMETERS else BASE_RATE
 
 
+def possible_ranks(inherited: int | None, asked: int | None, max_rank: int) -> tuple[int, int]:
+    """The rank that few and that many examples get; the same where it is inherited or asked for."""
+    fixed = inherited or asked
+    return (fixed, fixed) if fixed else (min(16, max_rank), min(32, max_rank))
+
+
 def prepare_options(spec: JobSpec, base: TrainableBase) -> PrepareOptions:
     """What tokenizing needs; known before any count is."""
     asked = spec.training
@@ -127,7 +134,8 @@ def resolve(spec: JobSpec, num_examples: int, base: TrainableBase) -> TrainingCo
     batch = min(hyper.batch_size or auto_batch_size(num_examples), num_examples)
     multiplier = 1.0 if hyper.learning_rate_multiplier is None else hyper.learning_rate_multiplier
     inherited = spec.parent or {}
-    rank = inherited.get("rank") or lora.rank or min(32 if num_examples > MANY_EXAMPLES else 16, base.max_rank)
+    few, many = possible_ranks(inherited.get("rank"), lora.rank, base.max_rank)
+    rank = many if num_examples > MANY_EXAMPLES else few
     dropout = lora.dropout if lora.dropout is not None else (0.05 if num_examples < FEW_EXAMPLES else 0.0)
     steps = math.ceil(num_examples / batch) * epochs
     return TrainingConfig(

@@ -16,7 +16,16 @@ from typing import Any
 
 from adapters.manifest import AdapterManifest, is_adapter_name, is_alias
 from app.errors import RequestInvalid, ServerBusy
-from app.training.config import CostEstimate, TrainableBase, TrainingConfig, estimate, prepare_options, resolve
+from app.training.config import (
+    ALPHA,
+    CostEstimate,
+    TrainableBase,
+    TrainingConfig,
+    estimate,
+    possible_ranks,
+    prepare_options,
+    resolve,
+)
 from app.training.dataset import DatasetLimits
 from app.training.dataset_rows import Method
 from app.training.examples import Examples
@@ -31,8 +40,6 @@ from app.training.spec import Hyperparameters, JobSpec, LoraOptions, PinnedFile,
 from app.training.work_queue import ClaimedJob, WorkQueue
 
 logger = logging.getLogger(__name__)
-
-MAX_SCALING = 128.0  # what the door takes of an adapter
 
 ResolveModel = Callable[[str, str], AdapterManifest | None]  # tenant, model -> its adapter, None for the base
 
@@ -90,16 +97,28 @@ class FineTuning:
 
     # ---- from request to job
 
-    def create(self, tenant: str, request: JobRequest, *, max_active: int | None = None) -> Job:
+    def create(
+        self,
+        tenant: str,
+        request: JobRequest,
+        *,
+        max_active: int | None = None,
+        max_tokens_per_day: int | None = None,
+    ) -> Job:
         """Make a job, or find the one that the same call made. Raises RequestInvalid, ModelNotFound, RateLimited."""
+        if request.idempotency_key is not None:
+            known = self.jobs.replayed(tenant, request.idempotency_key, request.asked)
+            if known is not None:
+                return known
         new = NewJob(
             spec=self.spec_of(tenant, request),
             asked=request.asked,
             metadata=request.metadata,
             idempotency_key=request.idempotency_key,
             is_retry=request.is_retry,
+            base_digest=self.base.spec.digest,
         )
-        return self.jobs.create(tenant, new, max_active=max_active)
+        return self.jobs.create(tenant, new, max_active=max_active, max_tokens_per_day=max_tokens_per_day)
 
     def spec_of(self, tenant: str, request: JobRequest) -> JobSpec:
         """Check everything that can be checked without reading the files."""
@@ -150,11 +169,13 @@ class FineTuning:
             known = ", ".join(sorted(base.spec.target_kinds))
             message = f"The base has no linear called '{unknown[0][:64]}'. It has {known}."
             raise RequestInvalid(message, param="lora.target_modules")
-        rank = lora.rank or 16
-        if lora.init == "orthogonal" and rank % 2:
-            raise RequestInvalid("The orthogonal init needs an even rank.", param="lora.rank")
-        if lora.alpha is not None and lora.alpha / (rank**0.5 if lora.use_rslora else rank) > MAX_SCALING:
-            raise RequestInvalid(f"'lora.alpha' over the rank is at most {MAX_SCALING:g}.", param="lora.alpha")
+        inherited = parent.rank if parent is not None else None
+        for rank in possible_ranks(inherited, lora.rank, base.max_rank):
+            if lora.init == "orthogonal" and rank % 2:
+                raise RequestInvalid(f"The orthogonal init needs an even rank, not {rank}.", param="lora.rank")
+            if (lora.alpha or ALPHA) / (rank**0.5 if lora.use_rslora else rank) > base.max_scale:
+                message = f"'lora.alpha' over the rank ({rank}) is at most {base.max_scale:g} here."
+                raise RequestInvalid(message, param="lora.alpha")
 
     def _checked_publish(self, tenant: str, publish: PublishOptions) -> PublishOptions:
         name = publish.name

@@ -36,7 +36,9 @@ from app.training.queue_rows import queue_positions
 from app.training.spec import JobSpec
 
 IDEMPOTENCY_S = 24 * 3600.0
+DAY_S = 24 * 3600.0
 MERGE_RETRIES_S = 60.0
+KEY_REUSED = "This Idempotency-Key was used with another request body. Use a new key."
 MAX_RACES = 20  # times that somebody else may change a job between our reading and writing it
 
 
@@ -49,11 +51,16 @@ class NewJob:
     metadata: Mapping[str, str] | None = None
     idempotency_key: str | None = None
     is_retry: bool = False  # the client says that an earlier attempt may have arrived
+    base_digest: str | None = None  # workers of another base leave it alone; None is for any
 
     @property
     def hash(self) -> str:
-        pinned = [file.sha256 for file in self.spec.files]
-        return hashlib.sha256(canonical_json([self.asked, pinned])).hexdigest()
+        return _hash(self.asked, self.spec)
+
+
+def _hash(asked: Mapping[str, Any], spec: JobSpec) -> str:
+    pinned = [file.sha256 for file in spec.files]
+    return hashlib.sha256(canonical_json([asked, pinned])).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,16 @@ class JobStore:
     def __init__(self, engine: Engine, *, wall: Callable[[], float] = time.time) -> None:
         self._engine, self._wall = engine, wall
 
-    def create(self, tenant: str, new: NewJob, *, max_active: int | None = None) -> Job:
-        """Make a job, or find the one that the same call made before. `max_active`: unfinished jobs of the tenant.
+    def create(
+        self,
+        tenant: str,
+        new: NewJob,
+        *,
+        max_active: int | None = None,
+        max_tokens_per_day: int | None = None,
+    ) -> Job:
+        """Make a job, or find the one that the same call made before. `max_active`: unfinished jobs of the tenant;
+        `max_tokens_per_day`: trained on by its jobs of 24 hours, as far as their files are counted.
 
         Raises RequestInvalid (`idempotency_key_reused`), RateLimited (`quota_exceeded`).
         """
@@ -97,8 +112,30 @@ class JobStore:
                     f"You have {max_active} unfinished fine-tuning jobs, as many as allowed. Wait for one or cancel it."
                 )
                 raise RateLimited(message, code="quota_exceeded")
+            used = _tokens_since(connection, tenant, self._wall() - DAY_S) if max_tokens_per_day is not None else 0
+            if max_tokens_per_day is not None and used >= max_tokens_per_day:
+                message = f"Your jobs of the last 24 hours train on {used} tokens; {max_tokens_per_day} are allowed."
+                raise RateLimited(message, code="quota_exceeded")
             _require_files(connection, tenant, new.spec)
             return self._insert(connection, tenant, new)
+
+    def replayed(self, tenant: str, key: str, asked: Mapping[str, Any]) -> Job | None:
+        """The job that the same call with this Idempotency-Key made; None where a new one is to be made.
+
+        Needs no look at files and models: they may be gone, and the answer is the job all the same. Raises
+        RequestInvalid (`idempotency_key_reused`).
+        """
+        keys = tables.job_keys
+        fresh = keys.c.created_at >= self._wall() - IDEMPOTENCY_S
+        query = sa.select(keys.c.job_id, keys.c.spec_hash).where(keys.c.tenant == tenant, keys.c.key == key, fresh)
+        with reading(self._engine) as connection:
+            row = connection.execute(query).first()
+            job = None if row is None else job_rows.load(connection, row.job_id, tenant)
+        if row is None or job is None:
+            return None
+        if _hash(asked, job.spec) != row.spec_hash:
+            raise RequestInvalid(KEY_REUSED, code="idempotency_key_reused")
+        return job
 
     def _known(self, connection: Connection, tenant: str, new: NewJob) -> Job | None:
         now = self._wall()
@@ -108,8 +145,7 @@ class JobStore:
             mine = sa.select(keys).where(keys.c.tenant == tenant, keys.c.key == new.idempotency_key)
             if (row := connection.execute(mine).first()) is not None:
                 if row.spec_hash != new.hash:
-                    message = "This Idempotency-Key was used with another request body. Use a new key."
-                    raise RequestInvalid(message, code="idempotency_key_reused")
+                    raise RequestInvalid(KEY_REUSED, code="idempotency_key_reused")
                 return job_rows.load(connection, row.job_id, tenant)
             return None
         if not new.is_retry or new.spec.training.allow_duplicate:
@@ -133,6 +169,7 @@ class JobStore:
             "unique_id": unique_id,
             "spec": new.spec.to_dict(),
             "spec_hash": new.hash,
+            "base_digest": sa.null() if new.base_digest is None else new.base_digest,
             "metadata": sa.null() if new.metadata is None else dict(new.metadata),
             "priority": new.spec.training.priority,
             "created_at": now,
@@ -353,6 +390,16 @@ def _require_files(connection: Connection, tenant: str, spec: JobSpec) -> None:
         mine = (table.c.tenant == tenant) & (table.c.id == file.id) & ~table.c.is_deleted
         if connection.execute(sa.select(table.c.id).where(mine)).first() is None:
             raise RequestInvalid(f"The file {file.id} was deleted.", code="not_found")
+
+
+def _tokens_since(connection: Connection, tenant: str, since: float) -> int:
+    """Tokens of the tenant's jobs made since then; what was cancelled before it began costs nothing."""
+    jobs = tables.jobs
+    counts = jobs.c.started_at.is_not(None) | jobs.c.status.not_in([s.value for s in JobStatus if s.is_over])
+    mine = (jobs.c.tenant == tenant) & (jobs.c.created_at >= since) & counts
+    return int(
+        connection.execute(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.total_tokens), 0)).where(mine)).scalar_one()
+    )
 
 
 def _num_active(connection: Connection, tenant: str) -> int:

@@ -13,17 +13,19 @@ from app.training.job import JobStatus
 from app.training.turns import Waiting, claim_order
 
 
-def has_unclaimed(connection: Connection, status: JobStatus) -> bool:
+def has_unclaimed(connection: Connection, status: JobStatus, base_digest: str | None = None) -> bool:
     """A look that takes no write lock: workers look often, and mostly there is nothing."""
-    jobs = tables.jobs
-    free = sa.select(jobs.c.id).where(jobs.c.status == status.value, jobs.c.worker.is_(None))
+    free = sa.select(tables.jobs.c.id).where(_free(status, base_digest))
     return connection.execute(free.limit(1)).first() is not None
 
 
-def unclaimed(connection: Connection, status: JobStatus) -> dict[str, Any]:
-    """What `claim_order` asks for: unclaimed jobs of `status`, jobs at work per tenant, last turns."""
+def unclaimed(connection: Connection, status: JobStatus, base_digest: str | None = None) -> dict[str, Any]:
+    """What `claim_order` asks for: unclaimed jobs of `status`, jobs at work per tenant, last turns.
+
+    With a `base_digest`, jobs made for another base are left out.
+    """
     jobs, turns = tables.jobs, tables.turns
-    free = (jobs.c.status == status.value) & jobs.c.worker.is_(None)
+    free = _free(status, base_digest)
     rows = connection.execute(sa.select(jobs.c.id, jobs.c.tenant, jobs.c.priority, jobs.c.seq).where(free))
     busy = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.worker.is_not(None))).scalars()
     served = connection.execute(sa.select(turns.c.tenant, turns.c.turn))
@@ -45,3 +47,9 @@ def count_turn(connection: Connection, tenant: str) -> None:
     turns = tables.turns
     latest = connection.execute(sa.select(sa.func.max(turns.c.turn))).scalar() or 0
     connection.execute(sa.update(turns).where(turns.c.tenant == tenant).values(turn=latest + 1))
+
+
+def _free(status: JobStatus, base_digest: str | None) -> sa.ColumnElement[bool]:
+    jobs = tables.jobs
+    free = (jobs.c.status == status.value) & jobs.c.worker.is_(None)
+    return free if base_digest is None else free & (jobs.c.base_digest.is_(None) | (jobs.c.base_digest == base_digest))

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from adapters.errors import AdapterRefused
+from adapters.errors import AdapterNormTooLarge, AdapterRefused, AdapterValuesNotFinite
 from adapters.store import BlobStore
 from app.engine.base_model import BaseModel
+from app.engine.engine import is_out_of_memory
 from app.training.batching import micro_batches
 from app.training.checkpoint import DurableState, StateStore, pack
 from app.training.evaluate import GreedySampler, HeldOut, bare_base, eos_rate, measure, sample_prompts
@@ -38,6 +39,7 @@ from app.training.work import (
     OutOfMemory,
     PauseWanted,
     ShutdownWanted,
+    Spoiled,
     Steps,
     part_of,
     wait,
@@ -138,6 +140,11 @@ class JobRun:
                 yield from self._call(self._states.clear)
         except Exception as exc:
             logger.exception("job failed", extra={"action": "job_failed", "job": self._claim.id})
+            if isinstance(exc, OutOfMemory) or is_out_of_memory(exc):
+                message = "Memory ran out outside a step. Lower 'lora.rank' or 'training.max_seq_length'."
+                yield from self._call(self._queue.fail, self._claim, JobError("out_of_memory", message))
+                yield from self._call(self._states.clear)
+                return
             message = f"Training failed inside the server ({type(exc).__name__}). Quote {self._claim.id}."
             yield from self._call(self._queue.fail, self._claim, JobError("server_error", message))
 
@@ -150,6 +157,8 @@ class JobRun:
                 break
             except OutOfMemory:
                 yield from self._shrink()
+            except Spoiled:
+                self._t.adapter.clear_gradients()
             except Diverged:
                 yield from self._roll_back()
             except Interrupted:
@@ -358,7 +367,9 @@ class JobRun:
                 self._room.output.pack, job, t.config, pairs, facts, self._scratch / name
             )
         except AdapterRefused as exc:
-            raise JobFailed("nan_loss", f"The trained adapter cannot be used: {exc.message}") from exc
+            if isinstance(exc, AdapterValuesNotFinite | AdapterNormTooLarge):
+                raise JobFailed("nan_loss", f"The trained adapter cannot be used: {exc.message}") from exc
+            raise JobFailed(exc.code, f"The trained adapter cannot be served: {exc.message}") from exc
         return packed
 
     def _judge(self) -> Steps[tuple[PackedAdapter, Verdict]]:

@@ -110,6 +110,7 @@ jobs = sa.Table(
     sa.Column("result_file", sa.String(64)),
     sa.Column("gate", sa.JSON),
     sa.Column("error", sa.JSON),
+    sa.Column("base_digest", sa.String(64)),  # of the base that it trains; None is any
     sqlite_autoincrement=True,
 )
 

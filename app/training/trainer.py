@@ -24,7 +24,7 @@ from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult, micro_step
 from app.training.reaper import Reaper
 from app.training.run import JobRun, Workroom
-from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ShutdownWanted, Wait, Work
+from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ShutdownWanted, Spoiled, Wait, Work
 from app.training.work_queue import ClaimedJob
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class _Active:
     steps: Generator[Work, Any, None]
     wants: Work | None = None  # what the generator waits for; None before its first step
     tokens: int = 0  # trained or measured here: whose turn it is
+    is_alone: bool = False  # shares no micro-step: one that it shared failed
     is_stale: bool = False  # set by the side thread: cancelled, erased or somebody else's
     is_pausing: bool = False  # likewise: its tenant wants it paused
 
@@ -81,6 +82,7 @@ class Trainer:
         self._arrivals: queue.SimpleQueue[_Active] = queue.SimpleQueue()
         self._leaving: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
         self._active: list[_Active] = []
+        self._served: dict[str, int] = {}  # tokens by tenant, comparable between those with jobs at work
         self._shared: _Shared | None = None
         self._claimed: list[_Active] = []  # guarded by _claim_lock; until their last thread has ended
         self._claim_lock = threading.Lock()
@@ -113,7 +115,7 @@ class Trainer:
     def quantum(self) -> None:
         """One layer of a micro-step, or one job's own next step. A job's faults end that job alone."""
         while not self._arrivals.empty():
-            self._active.append(self._arrivals.get())
+            self._arrive(self._arrivals.get())
         if self._shared is not None:
             self._advance(self._shared)
             return
@@ -127,8 +129,16 @@ class Trainer:
 
     def _turn(self, job: _Active) -> tuple[int, int]:
         """Tenants by what they got, then their jobs likewise."""
+        return self._served[job.run.tenant], job.tokens
+
+    def _arrive(self, job: _Active) -> None:
+        """A tenant that had nothing at work here begins level with those who have: an absence earns no credit."""
+        tenants = {other.run.tenant for other in self._active}
         tenant = job.run.tenant
-        return sum(other.tokens for other in self._active if other.run.tenant == tenant), job.tokens
+        if tenant not in tenants:
+            least = min((self._served[other] for other in tenants), default=0)
+            self._served[tenant] = max(self._served.get(tenant, 0), least)
+        self._active.append(job)
 
     def _begin(self, ready: list[_Active]) -> None:
         """Start a micro-step for the first job, and let others of its kind come along as far as there is room."""
@@ -153,6 +163,7 @@ class Trainer:
             self._shared = None
             for job, result in zip(shared.members, end.value, strict=True):
                 job.tokens += result.num_tokens
+                self._served[job.run.tenant] += result.num_tokens
                 self._resume(job, result)
         except Exception as exc:
             self._shared = None
@@ -160,8 +171,16 @@ class Trainer:
             if not out_of_memory:
                 logger.exception("micro-step failed", extra={"action": "micro_step_failed"})
             self.num_out_of_memory += out_of_memory
+            is_shared = len(shared.members) > 1
             for job in shared.members:
-                self._throw(job, OutOfMemory() if out_of_memory else exc)
+                if out_of_memory:
+                    self._throw(job, OutOfMemory())
+                elif not is_shared:
+                    self._throw(job, exc)
+                else:
+                    job.is_alone = True
+                    if _compute(job).train:  # else nothing was summed up, and it is just measured again
+                        self._throw(job, Spoiled())
             if out_of_memory and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -301,7 +320,7 @@ class Trainer:
             if thread.is_alive():
                 thread.join(timeout_s)
         while not self._arrivals.empty():
-            self._active.append(self._arrivals.get())
+            self._arrive(self._arrivals.get())
         self._shared = None  # gradients that were being summed up are made again by whoever continues
         for job in list(self._active):
             job.thread.hurry()
@@ -337,6 +356,8 @@ def _size(job: _Active) -> tuple[int, int]:
 
 def _may_share(one: _Active, other: _Active) -> bool:
     """Measuring goes with measuring; and a preference step makes a second pass that others need not pay for."""
+    if one.is_alone or other.is_alone:
+        return False
     a, b = _compute(one), _compute(other)
     return a.train == b.train and (a.part.beta is None) == (b.part.beta is None)
 

@@ -68,6 +68,10 @@ class OutOfMemory(Interrupted):
     """The micro-step did not fit: try again with smaller ones."""
 
 
+class Spoiled(Exception):
+    """A micro-step that the job shared failed, and nobody knows by whose fault: make the step again, alone."""
+
+
 def wait(future: Future[T]) -> Steps[T]:
     """`x = yield from wait(future)`."""
     result: T = yield Wait(future)

@@ -65,8 +65,16 @@ class ClaimedJob:
 class WorkQueue:
     """What workers do to jobs. Invariant: at most one live fence per job."""
 
-    def __init__(self, engine: Engine, *, base_id: str, wall: Callable[[], float] = time.time) -> None:
-        self._engine, self._base_id, self._wall = engine, base_id, wall
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        base_id: str,
+        base_digest: str | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`base_digest`: only jobs made for this base are claimed; None claims all."""
+        self._engine, self._base_id, self._base_digest, self._wall = engine, base_id, base_digest, wall
 
     # ---- taking and giving back
 
@@ -80,10 +88,10 @@ class WorkQueue:
 
     def _claim(self, worker: str, status: JobStatus) -> ClaimedJob | None:
         with reading(self._engine) as connection:
-            if not has_unclaimed(connection, status):
+            if not has_unclaimed(connection, status, self._base_digest):
                 return None
         with writing(self._engine) as connection:
-            for waiting in claim_order(**unclaimed(connection, status)):
+            for waiting in claim_order(**unclaimed(connection, status, self._base_digest)):
                 job = job_rows.load(connection, waiting.id)
                 if job is None or job.status is not status or job.worker is not None:
                     continue  # somebody else was faster

@@ -216,3 +216,10 @@ def test_each_request_logs_one_line_and_never_what_was_said(serving: Serving) ->
     assert lines[2]["error_class"] == "RuntimeError"
     for canary in ("canary", "hello world", serving.keys["acme"]):
         assert canary not in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["self", "tenant", "max_everything"])
+def test_limit_that_there_is_not_is_refused(admin: httpx.Client, name: str) -> None:
+    answer = admin.put("/admin/limits/acme", json={name: 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name

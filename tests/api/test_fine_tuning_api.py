@@ -524,6 +524,40 @@ def test_model_that_the_gate_held_back_is_listed_by_its_id_alone(rig: Rig, clien
         assert client.models.retrieve(model).id == model
 
 
+@pytest.mark.parametrize("bad", ["a\x00b", "\ud800"])
+def test_text_that_no_database_keeps_is_refused(rig: Rig, client: OpenAI, bad: str) -> None:
+    good = {"model": BASE, "training_file": upload(client)}
+    quoted = json.dumps(bad)
+    bodies = [
+        json.dumps(good)[:-1] + f', "metadata": {{"team": {quoted}}}}}',
+        json.dumps(good)[:-1] + f', "lora": {{"target_modules": [{quoted}]}}}}',
+    ]
+    with rig.serving.client() as http:
+        for body in bodies:
+            answer = http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, answer.text
+        assert http.get("/v1/files/file%00x").status_code == 404
+        assert http.get("/v1/files?after=a%00b").status_code == 400
+
+
+def test_repeated_create_finds_its_job_though_the_file_is_gone(rig: Rig, client: OpenAI) -> None:
+    file_id = upload(client)
+    ask = {"model": BASE, "training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
+    first = client.fine_tuning.jobs.create(**ask)
+    client.files.delete(file_id)
+    assert client.fine_tuning.jobs.create(**ask).id == first.id
+    again = lambda: client.fine_tuning.jobs.create(**ask, seed=5)
+    assert refusal(again).code == "idempotency_key_reused"
+
+
+def test_scaling_is_judged_by_the_rank_that_the_job_will_have(rig: Rig, client: OpenAI) -> None:
+    parent = rig.serving.publish("acme", "narrow")  # of a small rank, which the job inherits
+    alpha = 128.0 * parent.rank + 1
+    ask = {"training_file": upload(client), "extra_body": {"lora": {"alpha": alpha}}}
+    assert refusal(lambda: client.fine_tuning.jobs.create(model="narrow", **ask)).param == "lora.alpha"
+    assert client.fine_tuning.jobs.create(model=BASE, **ask).id
+
+
 def test_webhook_endpoints_are_managed(client: OpenAI) -> None:
     webhooks = client.webhooks
     made = webhooks.create(

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import app.training.trainer as trainer_module
-from adapters.errors import StoreUnavailable
+from adapters.errors import AdapterRankTooLarge, StoreUnavailable
 from adapters.manifest import AdapterManifest, blob_key
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel, load_base_model
@@ -28,7 +28,7 @@ from app.training.dataset_rows import Method
 from app.training.evaluate import GreedySampler
 from app.training.job import Job, JobStatus, StepMetrics
 from app.training.micro_step import Part, PartResult, micro_step
-from app.training.optimizer import RateSchedule
+from app.training.optimizer import AdapterOptimizer, RateSchedule
 from app.training.prepare import TrainingSet
 from app.training.spec import Hyperparameters, LoraOptions, PublishOptions, TrainingOptions
 from app.training.work_queue import ClaimedJob
@@ -471,6 +471,55 @@ def test_job_with_a_bug_fails_alone_and_says_whom_to_ask(rig: Rig, monkeypatch: 
     monkeypatch.undo()
     (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
     assert done.status is JobStatus.SUCCEEDED
+
+
+def test_fault_in_a_shared_step_ends_only_the_job_that_has_it_alone_too(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+
+    def bug(parts: Sequence[Part], made: int) -> None:
+        if len(parts) > 1:
+            shared.append(len(parts))
+        if shared and any(part.adapter.scaling == 5.0 for part in parts):  # from when they met on
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer_module, "micro_step", with_fault(bug))
+    rig = directory_rig(base, tmp_path, micro_batch_tokens=1024)
+    long = Hyperparameters(n_epochs=6, batch_size=4)
+    loras = [LoraOptions(rank=4, alpha=alpha, dropout=0.0) for alpha in (8.0, 20.0)]
+    jobs = [rig.create(FEW, hyperparameters=long, lora=lora) for lora in loras]
+    while rig.fine_tuning.validate_next("validator"):
+        pass
+    rig.start()
+    try:
+        good, failed = rig.wait(*jobs)
+    finally:
+        rig.close()
+    assert shared, "the jobs never met"
+    assert good.status is JobStatus.SUCCEEDED, good.error
+    assert failed.error is not None
+    assert failed.error.code == "server_error"
+
+
+def test_memory_that_runs_out_beside_the_steps_is_called_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: AdapterOptimizer, step: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(AdapterOptimizer, "step", full)
+    (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert failed.error is not None
+    assert failed.error.code == "out_of_memory"
+
+
+def test_adapter_that_the_door_refuses_says_why(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AdapterRankTooLarge
+
+    monkeypatch.setattr(rig.room.output, "pack", refuse)
+    (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
+    assert failed.error is not None
+    assert failed.error.code == AdapterRankTooLarge.code
 
 
 def test_eva_init_begins_at_the_inputs_main_directions(rig: Rig) -> None:

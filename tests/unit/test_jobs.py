@@ -628,3 +628,32 @@ def test_asked_values_win_over_auto() -> None:
     assert (config.total_steps, config.warmup_steps) == (5, 1)
     assert config.target_modules == ("q_proj", "up_proj")
     assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+def test_job_of_another_base_is_left_to_its_workers(world: World) -> None:
+    digests = {"ours": "a" * 64, "theirs": "b" * 64}
+    queues = {name: WorkQueue(world.engine, base_id="tiny", base_digest=digest) for name, digest in digests.items()}
+    spec = JobSpec("tiny", PinnedFile("file-1", "0" * 64, 1))
+    files = tables.files
+    with writing(world.engine) as connection:
+        row = {"id": "file-1", "tenant": "acme", "sha256": "0" * 64, "num_bytes": 1, "filename": "f"}
+        row |= {"purpose": "fine-tune", "created_at": 0.0, "is_deleted": False}
+        connection.execute(sa.insert(files).values(**row))
+    job = world.jobs.create("acme", NewJob(spec, asked={}, base_digest=digests["theirs"]))
+    assert queues["ours"].claim_validation("w") is None
+    claim = queues["theirs"].claim_validation("w")
+    assert claim is not None
+    assert claim.id == job.id
+
+
+def test_tokens_of_a_day_bound_what_a_tenant_may_train(world: World) -> None:
+    claim = world.running()
+    with writing(world.engine) as connection:
+        connection.execute(sa.update(tables.jobs).where(tables.jobs.c.id == claim.id).values(total_tokens=100))
+    spec = claim.job.spec
+    world.jobs.create("acme", NewJob(spec, asked={"n": 1}), max_tokens_per_day=101)
+    with pytest.raises(RateLimited) as refused:
+        world.jobs.create("acme", NewJob(spec, asked={"n": 2}), max_tokens_per_day=100)
+    assert refused.value.code == "quota_exceeded"
+    world.wall.now += 25 * 3600
+    world.jobs.create("acme", NewJob(spec, asked={"n": 3}), max_tokens_per_day=100)
