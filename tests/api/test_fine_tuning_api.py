@@ -542,7 +542,7 @@ def test_text_that_no_database_keeps_is_refused(rig: Rig, client: OpenAI, bad: s
 
 def test_repeated_create_finds_its_job_though_the_file_is_gone(rig: Rig, client: OpenAI) -> None:
     file_id = upload(client)
-    ask = {"model": BASE, "training_file": file_id, "extra_headers": {"Idempotency-Key": "once"}}
+    ask = {"model": BASE, "training_file": file_id, "extra_headers": {"Idempotency-Key": "file-gone"}}
     first = client.fine_tuning.jobs.create(**ask)
     client.files.delete(file_id)
     assert client.fine_tuning.jobs.create(**ask).id == first.id

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -500,6 +501,23 @@ def test_fault_in_a_shared_step_ends_only_the_job_that_has_it_alone_too(
     assert good.status is JobStatus.SUCCEEDED, good.error
     assert failed.error is not None
     assert failed.error.code == "server_error"
+
+
+def test_tenant_that_comes_later_begins_level_and_its_absence_earns_nothing(base: BaseModel, tmp_path: Path) -> None:
+    trainer = directory_rig(base, tmp_path).trainer
+
+    def job(tenant: str) -> Any:
+        return SimpleNamespace(run=SimpleNamespace(tenant=tenant), tokens=0)
+
+    old, new = job("acme"), job("globex")
+    trainer._arrive(old)
+    trainer._served["acme"] += 1000
+    trainer._arrive(new)
+    assert trainer._turn(new) == trainer._turn(old)
+    trainer._served["globex"] += 10
+    trainer._active.remove(new)
+    trainer._arrive(job("globex"))
+    assert trainer._turn(new) > trainer._turn(old)
 
 
 def test_memory_that_runs_out_beside_the_steps_is_called_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,3 +257,8 @@ def test_python_dash_m_is_the_same_program() -> None:
         [sys.executable, "-m", "app", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
     assert out.stdout.startswith("lodger ")
+
+
+def test_training_is_switched_by_either_flag(cli: Cli) -> None:
+    for flag in ("--train", "--training"):
+        assert "'auto' or 'off'" in cli("serve", flag, "nonsense").err
