@@ -8,10 +8,12 @@ Shapes: `T` tokens of the step, `H` query heads, `G` query heads per KV head, `K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,11 +89,18 @@ class KVPool:
         self.block_size = block_size
         self.num_blocks = num_blocks
         # Zeros, not empty: a masked NaN is still a NaN after multiplying with a zero weight.
-        self.tensor = torch.zeros(layers, 2, num_blocks, block_size, kv_heads, head_dim, dtype=dtype, device=device)
+        self.tensor = _zeros((layers, 2, num_blocks, block_size, kv_heads, head_dim), dtype, device)
 
     @staticmethod
     def bytes_per_block(*, layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return layers * 2 * block_size * kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory only when they are first written: numpy leaves that to the operating system."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
