@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import threading
@@ -79,10 +80,19 @@ class Guard:
         self._stop.set()
         self._thread.join(30)
 
+    def _files(self) -> dict[str, int]:
+        sizes = {}
+        for file in self._shop.disk.directory.glob("[a-z0-9]*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[str(file)] = file.stat().st_size
+        return sizes
+
     def _watch(self) -> None:
         while not self._stop.wait(0.002):
             snapshot = self._shop.engine.snapshot
-            on_disk = sum(f.stat().st_size for f in self._shop.disk.directory.glob("[a-z0-9]*/*") if f.exists())
+            before, after = self._files(), self._files()
+            # A walk takes time: a file that it counted may be gone before it counts the one that took its room.
+            on_disk = sum(after.values()) if before == after else 0
             held = {
                 "host": (self._shop.host.stats().used_bytes, self._shop.host.budget_bytes),
                 "disk": (self._shop.disk.stats().used_bytes, self._shop.disk.stats().budget_bytes),
