@@ -76,7 +76,7 @@ class Draining:
 
 def build_server(settings: Settings, draining: Draining) -> Server:
     """Load the base, open store and database, start the engine."""
-    use_threads(settings.threads)
+    use_threads(1)  # the engine thread takes settings.threads for itself
     data_dir = settings.data_dir
     base = load_base(settings)
     limits = door_limits(settings)
@@ -146,6 +146,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         admin_here=settings.admin_port is None,
         training=TrainingServices(training.fine_tuning, training.uploads, training.permissions, training.webhooks),
     )
+    engine.threads = settings.threads
     engine.start()
     training.start()
     return Server(settings, base, engine, loader, disk, catalog, services, training)

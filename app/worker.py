@@ -55,7 +55,7 @@ class Worker:
 
 def build_worker(settings: Settings) -> Worker:
     """Load the base and open store and database, as the server does."""
-    use_threads(settings.threads)
+    use_threads(1)  # the engine thread takes settings.threads for itself
     base = load_base(settings)
     database = open_database(settings.database_url)
     migrate(database)
@@ -65,6 +65,7 @@ def build_worker(settings: Settings) -> Worker:
     catalog = open_catalog(settings, store, base.spec)
     config = replace(engine_config(settings), max_sequences=MAX_SEQUENCES, kv_cache_bytes=KV_CACHE_BYTES)
     engine = assemble_engine(base, loader, config)
+    engine.threads = settings.threads
     renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
     scratch = settings.data_dir / "scratch"
     limits = door_limits(settings)

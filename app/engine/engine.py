@@ -117,6 +117,9 @@ class Engine:
         self._clock = clock
         self._latency_factor = latency_factor
         self.trainer: TrainingStepper | None = None
+        # OpenMP keeps a team a thread, and once teams outnumber the cores it sleeps at every barrier: a step took three
+        # times as long. So whoever builds the engine stays at one thread, and this is the engine thread's own number.
+        self.threads: int | None = None
         self._sinks: dict[str, Sink] = {}
         self._outbox: dict[Sink, list[Event]] = {}
         self._queued: Counter[str] = Counter()  # submitted and not yet absorbed, by tenant; guarded by the lock
@@ -257,6 +260,8 @@ class Engine:
     # ---- the engine thread
 
     def _loop(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         try:
             while not self._stopped.is_set():
                 self._turn()
