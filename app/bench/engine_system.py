@@ -59,7 +59,7 @@ class EngineSystem:
         settings = tenancy.settings
         if dtype is not None:
             settings = settings.model_copy(update={"dtype": dtype})
-        use_threads(settings.threads)
+        use_threads(1)  # the engine thread takes settings.threads for itself, as in the server
         self._threads = settings.threads
         self._manifests = tenancy.manifests
         self.base: BaseModel = load_base(settings)
@@ -72,6 +72,7 @@ class EngineSystem:
         self.engine = assemble_engine(self.base, self.loader, engine_config(settings))
         self._news: queue.SimpleQueue[tuple[float, list[Event]]] = queue.SimpleQueue()
         self._asked = 0
+        self.engine.threads = settings.threads
         self.engine.start()
         self._start_s = process_age_s()
 
