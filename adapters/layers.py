@@ -8,9 +8,10 @@ Shapes: `T` tokens of the step, `R` rows of the pool, `r` an adapter's rows, `I`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 # Rows that are gathered into a dense block are read twice and written once; a span is read once. So a span of up to
 # this many times the active rows is the cheaper choice.
 SPAN_OVER_GATHER = 3
-# A batched product of pages pays when it multiplies tokens with at most one row in this many of the masked product
-# (measured, SmolLM2-135M, 8 tokens of 8 adapters of rank 16, two AVX2 cores: 75 us a linear against 192 us).
-PAGED_GAIN = 2
-MIN_PAGE = 4  # rows; smaller pages cost more calls than they save work
 
 
 class LoraPlan(Protocol):
@@ -83,6 +80,8 @@ class PoolTensors:
         self.index = {path: i for i, path in enumerate(linears)}
         self.a = [torch.zeros(num_rows, i, dtype=dtype, device=device) for i, _ in linears.values()]
         self.b = [torch.zeros(num_rows, o, dtype=dtype, device=device) for _, o in linears.values()]
+        self._layout: tuple[object, ...] = ()
+        self._plan: PooledPlan | None = None  # of that layout
 
     @property
     def num_bytes(self) -> int:
@@ -123,103 +122,96 @@ class PoolTensors:
     def plan(self, segments: Sequence[Segment], *, long_segment: int) -> PooledPlan | None:
         """Lay out one step; None when no token has an adapter.
 
-        Segments of at least `long_segment` tokens run alone, on views of their rows. All shorter ones share two matrix
-        products over a span of the pool or over a gathered copy of the active rows.
+        Segments of at least `long_segment` tokens are multiplied with their own rows only, neighbours of one shape
+        together. All shorter ones share two matrix products over a span of the pool or a gathered copy of their rows:
+        more work in fewer calls, which is what a GPU wants. Segments in the order of their rows make the fewest calls.
         """
         if not segments:
             return None
-        alone = tuple(s for s in segments if s.stop - s.start >= long_segment)
-        shared = [s for s in segments if s.stop - s.start < long_segment]
-        return PooledPlan(self, alone, _share(shared, self) if shared else None)
+        layout = (long_segment, *segments)
+        if layout != self._layout:  # while the same sequences decode, one layout lasts for many steps
+            shared = [s for s in segments if s.stop - s.start < long_segment]
+            runs = _runs(s for s in segments if s.stop - s.start >= long_segment)
+            self._layout = layout
+            self._plan = PooledPlan(self, (*runs, _masked(shared, self)) if shared else runs)
+        return self._plan
 
 
 @dataclass(frozen=True, slots=True)
-class SharedTokens:
-    """The short segments of a step: tokens [start, stop), and which linears any of them touches."""
+class Run:
+    """Segments of one shape that lie side by side in the step and in the pool: one batched product for all of them.
+
+    Each has `tokens` tokens and `rank` rows; the first begins at token `start` and at row `row`.
+    """
 
     start: int
-    stop: int
-    linears: int
+    tokens: int
+    row: int
+    rank: int
+    linears: int  # bit i is set when they touch linear i
+    count: int = 1
 
-    def covers(self, linear: int) -> bool:
-        return bool(self.linears >> linear & 1)
+    def joins(self, s: Segment) -> bool:
+        return (
+            s.start == self.start + self.count * self.tokens
+            and s.row == self.row + self.count * self.rank
+            and (s.stop - s.start, s.rank, s.linears) == (self.tokens, self.rank, self.linears)
+        )
+
+    def view(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """a `[R, I]` and b `[R, O]` of the pool -> this run's `[I, r]` and `[r, O]`, stacked where there are many."""
+        rows = slice(self.row, self.row + self.count * self.rank)
+        if self.count == 1:
+            return a[rows].t(), b[rows]
+        each = (self.count, self.rank, -1)
+        return a[rows].view(each).transpose(1, 2), b[rows].view(each)
+
+    def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """x `[T, I]`, out `[T, O]`, changed in place; a and b as `view` gave them."""
+        own = slice(self.start, self.start + self.count * self.tokens)
+        x, out = x[own], out[own]
+        if self.count == 1:
+            out.addmm_(x @ a, b)
+        else:
+            each = (self.count, self.tokens, -1)
+            out.view(each).baddbmm_(torch.bmm(x.view(each), a), b)
+
+
+def _runs(segments: Iterable[Segment]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    for s in segments:
+        if runs and runs[-1].joins(s):
+            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+        else:
+            runs.append(Run(s.start, s.stop - s.start, s.row, s.rank, s.linears))
+    return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedProduct:
-    """One product of all tokens with `rows` of the pool, zeroed outside each token's own, and one back."""
+    """One product of tokens [start, stop) with `rows` of the pool, zeroed outside each token's own, and one back."""
 
-    tokens: SharedTokens
+    start: int
+    stop: int
+    linears: int  # bit i is set when any token touches linear i
     rows: slice | Tensor
     foreign: Tensor  # bool [tokens, number of rows], True where the row is not the token's own
 
+    def view(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The pool's, whole: gathered rows would be a copy, and what is kept must see what the pool is given later."""
+        return a, b
+
     def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """x `[t, I]`, out `[t, O]`, changed in place; a `[R, I]`, b `[R, O]` are the whole pool's."""
-        h = x @ a[self.rows].t()
+        """x `[T, I]`, out `[T, O]`, changed in place; a `[R, I]`, b `[R, O]`."""
+        h = x[self.start : self.stop] @ a[self.rows].t()
         # Filled, not multiplied: what overflows in one adapter's rows must not reach another's tokens as NaN.
-        out.addmm_(h.masked_fill_(self.foreign, 0), b[self.rows])
+        out[self.start : self.stop].addmm_(h.masked_fill_(self.foreign, 0), b[self.rows])
 
 
-@dataclass(frozen=True, slots=True)
-class PagedProduct:
-    """The same for few tokens of many adapters: rows [first, last) as pages, each multiplied with its owner's tokens.
-
-    A page is as many rows as divide every extent of the step, so ranks of any mix fit without padding. No token meets a
-    foreign row: the work is that of each adapter alone, in two batched products.
-    """
-
-    tokens: SharedTokens
-    first: int
-    last: int
-    page: int  # rows
-    index: Tensor  # [P * m] token of each place of each page; 0 where a page has fewer than m
-    targets: Tensor  # [K] the tokens that places belong to
-    sources: Tensor | None  # [K] those places; None when they are all
-
-    def add(self, x: Tensor, out: Tensor, a: Tensor, b: Tensor) -> None:
-        num_pages = (self.last - self.first) // self.page
-        own = x.index_select(0, self.index).view(num_pages, -1, x.shape[1])
-        h = torch.bmm(own, a[self.first : self.last].view(num_pages, self.page, -1).transpose(1, 2))
-        added = torch.bmm(h, b[self.first : self.last].view(num_pages, self.page, -1)).view(-1, out.shape[1])
-        out.index_add_(0, self.targets, added if self.sources is None else added.index_select(0, self.sources))
-
-
-def _share(segments: Sequence[Segment], pool: PoolTensors) -> MaskedProduct | PagedProduct:
-    """Choose the cheaper of the two by the rows that tokens would be multiplied with."""
-    start, stop = min(s.start for s in segments), max(s.stop for s in segments)
-    linears = 0
-    for s in segments:
-        linears |= s.linears
-    tokens = SharedTokens(start, stop, linears)
-    first, last = min(s.row for s in segments), max(s.row + s.rank for s in segments)
-    page = math.gcd(*(s.row - first for s in segments), *(s.rank for s in segments))
-    most = max(s.stop - s.start for s in segments)
-    # Sums of several pages into one token are made by atomic adds on a GPU, in any order; and its products are fast.
-    on_cpu = pool.a[0].device.type == "cpu"
-    if on_cpu and PAGED_GAIN * (last - first) * most <= (stop - start) * (last - first) and page >= MIN_PAGE:
-        return _paged(segments, tokens, first, last, page, most)
-    return _masked(segments, tokens, pool)
-
-
-def _paged(
-    segments: Sequence[Segment], tokens: SharedTokens, first: int, last: int, page: int, most: int
-) -> PagedProduct:
-    index = [0] * ((last - first) // page * most)
-    targets, sources = [], []
-    for s in segments:
-        for number in range((s.row - first) // page, (s.row + s.rank - first) // page):
-            for i, token in enumerate(range(s.start - tokens.start, s.stop - tokens.start)):
-                index[number * most + i] = token
-                targets.append(token)
-                sources.append(number * most + i)
-    every = sources == list(range(len(index)))
-    return PagedProduct(
-        tokens, first, last, page, torch.tensor(index), torch.tensor(targets), None if every else torch.tensor(sources)
-    )
-
-
-def _masked(segments: Sequence[Segment], tokens: SharedTokens, pool: PoolTensors) -> MaskedProduct:
+def _masked(segments: Sequence[Segment], pool: PoolTensors) -> MaskedProduct:
     device = pool.a[0].device
+    start, stop = min(s.start for s in segments), max(s.stop for s in segments)
+    linears = functools.reduce(operator.or_, (s.linears for s in segments))
     extents = sorted({(s.row, s.rank) for s in segments})
     lo, hi = extents[0][0], extents[-1][0] + extents[-1][1]
     rows: slice | Tensor
@@ -231,32 +223,33 @@ def _masked(segments: Sequence[Segment], tokens: SharedTokens, pool: PoolTensors
         num_rows, column, at = rows.numel(), {}, 0
         for row, rank in extents:
             column[row], at = at, at + rank
-    foreign = torch.ones(tokens.stop - tokens.start, num_rows, dtype=torch.bool)
+    foreign = torch.ones(stop - start, num_rows, dtype=torch.bool)
     for s in segments:
-        own = slice(s.start - tokens.start, s.stop - tokens.start)
+        own = slice(s.start - start, s.stop - start)
         foreign[own, column[s.row] : column[s.row] + s.rank] = False
-    return MaskedProduct(tokens, rows, foreign.to(device, non_blocking=True))
+    return MaskedProduct(start, stop, linears, rows, foreign.to(device, non_blocking=True))
 
 
 class PooledPlan:
-    """One step's LoRA product. Rebuilt from the leases each step: a plan that outlives its step is a wrong answer."""
+    """One step's LoRA product: a function of which tokens belong to which rows, and of nothing else.
 
-    def __init__(
-        self, pool: PoolTensors, alone: tuple[Segment, ...], shared: MaskedProduct | PagedProduct | None
-    ) -> None:
+    The runner asks for it anew each step, from the leases; it is made anew when that layout changes. It keeps views of
+    the pool, never numbers.
+    """
+
+    def __init__(self, pool: PoolTensors, products: tuple[Run | MaskedProduct, ...]) -> None:
         self._pool = pool
-        self._alone = alone
-        self._shared = shared
+        self.products = products
+        self._parts: dict[int, list[tuple[Run | MaskedProduct, Tensor, Tensor]]] = {}
 
     def apply(self, linear: int, x: Tensor, y: Tensor) -> Tensor:
         """x `[1, T, I]`, y `[1, T, O]`, changed in place."""
-        a, b = self._pool.a[linear], self._pool.b[linear]
+        parts = self._parts.get(linear)
+        if parts is None:
+            a, b = self._pool.a[linear], self._pool.b[linear]
+            parts = [(p, *p.view(a, b)) for p in self.products if p.linears >> linear & 1]
+            self._parts[linear] = parts
         tokens, out = x[0], y[0]
-        for s in self._alone:
-            if s.linears >> linear & 1:
-                rows = slice(s.row, s.row + s.rank)
-                out[s.start : s.stop].addmm_(tokens[s.start : s.stop] @ a[rows].t(), b[rows])
-        if self._shared is not None and self._shared.tokens.covers(linear):
-            own = self._shared.tokens
-            self._shared.add(tokens[own.start : own.stop], out[own.start : own.stop], a, b)
+        for product, a, b in parts:
+            product.add(tokens, out, a, b)
         return y

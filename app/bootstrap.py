@@ -30,7 +30,7 @@ from app.engine.assembly import EngineConfig, assemble_engine
 from app.engine.base_model import BaseModel, BaseModelUnsupported, load_base_model, use_threads
 from app.engine.engine import Engine
 from app.logs import configure_logging
-from app.machine import is_loopback
+from app.machine import is_loopback, keep_freed_memory
 from app.metrics import Metrics
 from app.rate_limits import RateLimiter
 from app.server import run_server
@@ -76,6 +76,7 @@ class Draining:
 
 def build_server(settings: Settings, draining: Draining) -> Server:
     """Load the base, open store and database, start the engine."""
+    keep_freed_memory()
     use_threads(1)  # the engine thread takes settings.threads for itself
     data_dir = settings.data_dir
     base = load_base(settings)

@@ -19,6 +19,7 @@ from app.engine.assembly import assemble_engine
 from app.engine.base_model import use_threads
 from app.engine.engine import Engine
 from app.logs import configure_logging
+from app.machine import keep_freed_memory
 from app.settings import Settings
 from app.storage import door_limits, open_store
 from app.training_side import Parts, TrainingSide, build_training
@@ -55,6 +56,7 @@ class Worker:
 
 def build_worker(settings: Settings) -> Worker:
     """Load the base and open store and database, as the server does."""
+    keep_freed_memory()
     use_threads(1)  # the engine thread takes settings.threads for itself
     base = load_base(settings)
     database = open_database(settings.database_url)

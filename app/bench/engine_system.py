@@ -23,6 +23,7 @@ from app.bootstrap import engine_config, load_base, make_loader
 from app.engine.assembly import assemble_engine
 from app.engine.base_model import BaseModel, choose_dtype, use_threads
 from app.engine.sequence import Event, Finished, FinishReason, Request, SamplingParams, Token
+from app.machine import keep_freed_memory
 from app.settings import Settings
 from app.storage import open_store
 
@@ -59,6 +60,7 @@ class EngineSystem:
         settings = tenancy.settings
         if dtype is not None:
             settings = settings.model_copy(update={"dtype": dtype})
+        keep_freed_memory()
         use_threads(1)  # the engine thread takes settings.threads for itself, as in the server
         self._threads = settings.threads
         self._manifests = tenancy.manifests

@@ -26,6 +26,7 @@ from app.bench.workload import BenchFailed, Job
 from app.bootstrap import load_base
 from app.engine.base_model import BaseModel, use_threads
 from app.engine.frozen_linear import FrozenLinear
+from app.machine import keep_freed_memory
 
 BASE_ROWS = "__base__"  # PEFT's name in `adapter_names` for rows without an adapter
 
@@ -37,6 +38,7 @@ class PeftSystem:
         settings = tenancy.settings
         if dtype is not None:
             settings = settings.model_copy(update={"dtype": dtype})
+        keep_freed_memory()
         use_threads(settings.threads)
         self._threads = settings.threads
         self._directories = tenancy.directories

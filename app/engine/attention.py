@@ -112,6 +112,15 @@ class Span:
     blocks: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Singles:
+    """Tokens of B sequences that decode, of similar length, the longest of which is L."""
+
+    tokens: slice | Tensor  # B of the step's
+    places: Tensor  # [B, L] of the cache
+    bias: Tensor  # [B, 1, 1, L]
+
+
 class PagedStep:
     """Attention of one packed step: writes the new K and V into their blocks, then lets each token see its own past.
 
@@ -125,7 +134,7 @@ class PagedStep:
         self._groups = heads // pool.tensor.shape[4]
         bs = pool.block_size
         write: list[Tensor] = []
-        self._singles: list[tuple[Tensor, Tensor, Tensor]] = []  # token ids [B], cache positions [B, L], bias [B,1,1,L]
+        self._singles: list[_Singles] = []
         self._longs: list[tuple[int, int, Tensor, Tensor]] = []  # first token, last, cache positions [L], bias
         by_length: dict[int, list[tuple[int, Tensor]]] = {}
         at = 0
@@ -150,15 +159,18 @@ class PagedStep:
         bias = torch.zeros(span.count, end).masked_fill_(hidden, float("-inf"))
         return bias.repeat(self._groups, 1).to(self._device, self._pool.tensor.dtype)
 
-    def _pad(self, members: list[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad(self, members: list[tuple[int, Tensor]]) -> _Singles:
         longest = max(len(places) for _, places in members)
         # Padded with a place of its own: a masked NaN is still a NaN, and must not come from somebody else's block.
         index = torch.stack([F.pad(places, (0, longest - len(places)), value=int(places[-1])) for _, places in members])
         bias = torch.full((len(members), 1, 1, longest), float("-inf"))
         for i, (_, places) in enumerate(members):
             bias[i, ..., : len(places)] = 0
-        tokens = torch.tensor([token for token, _ in members])
-        return tokens.to(self._device), index.to(self._device), bias.to(self._device, self._pool.tensor.dtype)
+        return _Singles(
+            _select([token for token, _ in members], self._device),
+            index.to(self._device),
+            bias.to(self._device, self._pool.tensor.dtype),
+        )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         keys, values = (self._pool.tensor[layer, i].flatten(0, 1) for i in (0, 1))  # [places, KVH, D]
@@ -168,13 +180,13 @@ class PagedStep:
         kv_heads = heads // self._groups
         queries = q[0].view(kv_heads, self._groups, num_tokens, dim)
         out = q.new_empty(num_tokens, heads, dim)
-        for tokens, places, bias in self._singles:
-            batch, length = places.shape
-            kk = keys.index_select(0, places.view(-1)).view(batch, length, kv_heads, dim).transpose(1, 2)
-            vv = values.index_select(0, places.view(-1)).view(batch, length, kv_heads, dim).transpose(1, 2)
-            qq = queries[:, :, tokens].permute(2, 0, 1, 3)  # [B, KVH, G, D]
-            o = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=bias, scale=scale)
-            out[tokens] = o.reshape(batch, heads, dim)
+        for group in self._singles:
+            batch, length = group.places.shape
+            kk, vv = (t.index_select(0, group.places.view(-1)) for t in (keys, values))
+            kk, vv = (t.view(batch, length, kv_heads, dim).transpose(1, 2) for t in (kk, vv))
+            qq = queries[:, :, group.tokens].permute(2, 0, 1, 3)  # [B, KVH, G, D]
+            o = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=group.bias, scale=scale)
+            out[group.tokens] = o.reshape(batch, heads, dim)
         for first, last, places, bias in self._longs:
             kk = keys.index_select(0, places).transpose(0, 1)[None]
             vv = values.index_select(0, places).transpose(0, 1)[None]
@@ -182,6 +194,14 @@ class PagedStep:
             o = F.scaled_dot_product_attention(qq, kk, vv, attn_mask=bias, scale=scale)
             out[first:last] = o.view(heads, last - first, dim).transpose(0, 1)
         return out[None]
+
+
+def _select(tokens: list[int], device: torch.device) -> slice | Tensor:
+    """An index of these tokens: a view where they are neighbours, which costs a copy less in each layer."""
+    first, last = tokens[0], tokens[-1]
+    if tokens == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return torch.tensor(tokens, device=device)
 
 
 class VarlenPagedStep:

@@ -25,11 +25,13 @@ from adapters.layers import LoraContext, LoraLinear
 from adapters.manifest import BaseModelSpec
 from app.engine.attention import ATTENTION_NAME, AttentionContext
 from app.engine.base_files import base_digest, base_name, build_once, resolve_base, source_fingerprint
-from app.engine.frozen_linear import FrozenLinear
+from app.engine.frozen_linear import FrozenLinear, Weight, freeze
 
 logger = logging.getLogger(__name__)
 
 TARGET_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Those that read one input, in the order in which every Llama-like decoder asks them.
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",), ("lm_head",))
 
 
 class BaseModelUnsupported(Exception):
@@ -227,18 +229,23 @@ def _freeze_for_cpu(model: Any) -> None:
     On a CPU the dense product is faster than unpacking 4-bit values from two tokens on, and bitsandbytes' fused kernel
     would repack the weight in place at the first call, after which autograd through it is silently wrong.
     """
+    for parent in list(model.modules()):
+        children = dict(parent.named_children())
+        for leaves in ONE_INPUT:
+            if all(leaf in children for leaf in leaves):
+                frozen = freeze([_weight_of(children[leaf]) for leaf in leaves])
+                for leaf, linear in zip(leaves, frozen, strict=True):
+                    setattr(parent, leaf, linear)
+
+
+def _weight_of(linear: nn.Module) -> Weight:
     import bitsandbytes as bnb
 
-    for name, module in list(model.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if leaf not in (*TARGET_KINDS, "lm_head"):
-            continue
-        nf4 = None
-        weight, bias = module.weight.data, module.bias
-        if _is_4bit(module):
-            nf4 = module.weight
-            weight = bnb.functional.dequantize_4bit(nf4.data, nf4.quant_state)
-        setattr(model.get_submodule(parent), leaf, FrozenLinear(weight, bias, nf4))
+    weight: Any = linear.weight
+    bias: Tensor | None = linear.bias  # type: ignore[assignment]
+    if not _is_4bit(linear):
+        return Weight(weight.data, bias)
+    return Weight(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), bias, weight)
 
 
 def _is_4bit(module: nn.Module) -> bool:

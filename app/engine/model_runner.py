@@ -5,7 +5,7 @@ Sees finished decisions only (which tokens, which blocks, which rows) and takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,10 @@ from app.engine.base_model import BaseModel
 from app.engine.sampler import Sampled, Sampler
 from app.engine.sequence import Batch, Chunk, TokenLogprob
 
-# From this many tokens on, a segment's own two products are cheaper than its share of the masked one (measured on
-# SmolLM2-135M with 8 adapters of rank 16: even at about 24 tokens on two CPU cores).
-LONG_SEGMENT = 24
+# From this many tokens on, a segment is multiplied with its own rows only. On a CPU always: a product there costs its
+# work, not its call (measured, SmolLM2-135M, 8 tokens of 8 adapters of rank 16, two AVX2 cores: about 60 us a linear
+# against 190 us for the masked product).
+LONG_SEGMENT = {"cpu": 1, "cuda": 24}
 # Rows of logits made at once for prompt log-probabilities: 64 x 49,152 x 4 bytes = 13 MB.
 LOGIT_ROWS = 64
 
@@ -37,13 +38,13 @@ class ModelRunner:
     """The base model with its KV pool, pool of rank rows and sampler."""
 
     def __init__(
-        self, base: BaseModel, kv: KVPool, pool: PoolTensors, sampler: Sampler, *, long_segment: int = LONG_SEGMENT
+        self, base: BaseModel, kv: KVPool, pool: PoolTensors, sampler: Sampler, *, long_segment: int | None = None
     ) -> None:
         self._base = base
         self._kv = kv
         self._pool = pool
         self._sampler = sampler
-        self._long_segment = long_segment
+        self._long_segment = LONG_SEGMENT[base.device.type] if long_segment is None else long_segment
 
     @torch.inference_mode()
     def run(self, batch: Batch, rows_of: Callable[[tuple[str, str]], ResidentRows]) -> Mapping[str, Sampled]:
@@ -52,24 +53,23 @@ class ModelRunner:
         Also fills `Sequence.prompt_logprobs` where asked for. `rows_of` is asked anew each step, never remembered.
         """
         base, device = self._base, self._base.device
-        ids = torch.tensor(
-            [[t for c in batch.chunks for t in c.sequence.tokens[c.start : c.start + c.count]]], device=device
-        )
-        positions = torch.cat([torch.arange(c.start, c.start + c.count) for c in batch.chunks])[None].to(device)
-        spans = [Span(c.start, c.count, c.sequence.blocks) for c in batch.chunks]
+        chunks, segments = _pack(batch.chunks, rows_of)
+        ids = torch.tensor([[t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]], device=device)
+        positions = torch.cat([torch.arange(c.start, c.start + c.count) for c in chunks])[None].to(device)
+        spans = [Span(c.start, c.count, c.sequence.blocks) for c in chunks]
         try:
             base.attention.mode = paged_step(self._kv, spans, heads=base.shapes.num_heads)
-            base.lora.plan = self._pool.plan(_segments(batch, rows_of), long_segment=self._long_segment)
+            base.lora.plan = self._pool.plan(segments, long_segment=self._long_segment)
             hidden: Tensor = base.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         finally:
             base.lora.plan = None
             base.attention.mode = CausalRows()
-        self._prompt_logprobs(batch, hidden)
-        return self._sample(batch, hidden)
+        self._prompt_logprobs(chunks, hidden)
+        return self._sample(chunks, hidden)
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> dict[str, Sampled]:
+    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> dict[str, Sampled]:
         last, sequences, at = [], [], 0
-        for chunk in batch.chunks:
+        for chunk in chunks:
             at += chunk.count
             if chunk.samples:
                 last.append(at - 1)
@@ -80,9 +80,9 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, sequences)
         return {sequence.id: result for sequence, result in zip(sequences, sampled, strict=True)}
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> None:
+    def _prompt_logprobs(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
         at = 0
-        for chunk in batch.chunks:
+        for chunk in chunks:
             wanted = chunk.sequence.request.sampling.prompt_logprobs
             if wanted is not None:
                 self._score_prompt(chunk, hidden[at : at + chunk.count], wanted)
@@ -103,18 +103,25 @@ class ModelRunner:
             known.extend(self._sampler.prompt_logprobs(logits, seq.tokens[lo + 1 : hi + 1], wanted))
 
 
-def _segments(batch: Batch, rows_of: Callable[[tuple[str, str]], ResidentRows]) -> list[Segment]:
-    """Token ranges with an adapter; neighbours of equal adapter are one segment."""
+def _pack(
+    chunks: Sequence[Chunk], rows_of: Callable[[tuple[str, str]], ResidentRows]
+) -> tuple[list[Chunk], list[Segment]]:
+    """Put the chunks in the order of their rows, decodes first, and tell which tokens have an adapter.
+
+    So what lies side by side in the pool does so in the step. Neighbours of one adapter are one segment.
+    """
+    rows = {c.sequence.adapter_key: rows_of(c.sequence.adapter_key) for c in chunks if c.sequence.adapter_key}
+    ordered = sorted(chunks, key=lambda c: (c.count > 1, rows[k].row if (k := c.sequence.adapter_key) else -1))
     segments: list[Segment] = []
     at = 0
-    for chunk in batch.chunks:
+    for chunk in ordered:
         start, at = at, at + chunk.count
         key = chunk.sequence.adapter_key
         if key is None:
             continue
-        rows = rows_of(key)
+        own = rows[key]
         before = segments[-1] if segments else None
-        if before is not None and before.stop == start and before.row == rows.row:
+        if before is not None and before.stop == start and before.row == own.row:
             start = segments.pop().start
-        segments.append(Segment(start, at, rows.row, rows.rank, rows.linears))
-    return segments
+        segments.append(Segment(start, at, own.row, own.rank, own.linears))
+    return ordered, segments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapters.layers import MaskedProduct, PagedProduct, PoolTensors, Segment
+from adapters.layers import MaskedProduct, PoolTensors, Run, Segment
 from adapters.weights import HostAdapter, HostModule
 
 LINEARS = {"layers.0.q_proj": (12, 20), "layers.0.down_proj": (30, 12)}
@@ -26,13 +26,14 @@ def by_loop(adapter: HostAdapter | None, path: str, x: torch.Tensor) -> torch.Te
     return torch.zeros(LINEARS[path][1]) if module is None else (x @ module.a.t()) @ module.b
 
 
-counts_by_shape = {"prefills": [1, 9, 3, 2], "decodes": [1, 1, 1, 1], "several each": [2, 3, 2, 1]}
+counts_by_shape = {"prefills": [1, 9, 3, 2], "decodes": [1, 1, 1, 1], "two each": [2, 2, 2, 1]}
 
 
+@pytest.mark.parametrize("ranks", ["equal", "mixed"])
 @pytest.mark.parametrize("long_segment", [1, 4, 1000])
 @pytest.mark.parametrize("spread", [0, 40], ids=["span", "gather"])
 @pytest.mark.parametrize("shape", counts_by_shape)
-def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int, shape: str) -> None:
+def test_each_token_equals_its_own_product(ranks: str, long_segment: int, spread: int, shape: str) -> None:
     torch.manual_seed(0)
     pool = PoolTensors(LINEARS, 200, dtype=torch.float32, device=torch.device("cpu"))
     for tensor in (*pool.a, *pool.b):
@@ -43,6 +44,8 @@ def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int, shap
         host(16, list(LINEARS), 3, low=5),
         None,
     ]
+    if ranks == "equal":
+        adapters = [*(host(8, list(LINEARS), seed) for seed in (1, 2, 3)), None]
     counts = counts_by_shape[shape]
     segments, at, row = [], 0, 3
     for adapter, count in zip(adapters, counts, strict=True):
@@ -66,25 +69,40 @@ def test_mixed_ranks_equal_each_token_alone(long_segment: int, spread: int, shap
         torch.testing.assert_close(plan.apply(i, x, y), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["decodes", "prefills"])
-def test_the_cheaper_product_is_chosen(shape: str) -> None:
-    pool = PoolTensors(LINEARS, 64, dtype=torch.float32, device=torch.device("cpu"))
-    counts = [1] * 4 if shape == "decodes" else [9, 1, 1, 1]
-    segments, at = [], 0
-    for i, count in enumerate(counts):
-        segments.append(Segment(at, at + count, 16 * i, 16, pool.write(16 * i, host(16, list(LINEARS), i))))
-        at += count
-    plan = pool.plan(segments, long_segment=1000)
+def test_neighbours_of_one_shape_are_one_product() -> None:
+    pool = PoolTensors(LINEARS, 128, dtype=torch.float32, device=torch.device("cpu"))
+    counts, ranks = [1, 1, 1, 2, 1, 1], [16, 16, 16, 16, 8, 8]
+    segments, at, row = [], 0, 0
+    for i, (count, rank) in enumerate(zip(counts, ranks, strict=True)):
+        row += 8 * (i == 2)  # a gap in the pool
+        segments.append(Segment(at, at + count, row, rank, pool.write(row, host(rank, list(LINEARS), i))))
+        at, row = at + count, row + rank
+    plan = pool.plan(segments, long_segment=1)
     assert plan is not None
-    assert isinstance(plan._shared, PagedProduct if shape == "decodes" else MaskedProduct)
+    assert [(p.tokens, p.rank, p.count) for p in plan.products if isinstance(p, Run)] == [
+        (1, 16, 2),
+        (1, 16, 1),
+        (2, 16, 1),
+        (1, 8, 2),
+    ]
 
 
-def test_an_overflowing_adapter_spoils_only_its_own_tokens() -> None:
+def test_short_segments_share_one_product() -> None:
+    pool = PoolTensors(LINEARS, 64, dtype=torch.float32, device=torch.device("cpu"))
+    adapters = [pool.write(16 * i, host(16, list(LINEARS), i)) for i in range(4)]
+    segments = [Segment(0, 9, 0, 16, adapters[0]), *(Segment(8 + i, 9 + i, 16 * i, 16, adapters[i]) for i in (1, 2, 3))]
+    plan = pool.plan(segments, long_segment=4)
+    assert plan is not None
+    assert [type(product) for product in plan.products] == [Run, MaskedProduct]
+
+
+@pytest.mark.parametrize("long_segment", [1, 100])
+def test_an_overflowing_adapter_spoils_only_its_own_tokens(long_segment: int) -> None:
     pool = PoolTensors(LINEARS, 16, dtype=torch.float32, device=torch.device("cpu"))
     good, bad = host(4, list(LINEARS), 1), host(4, list(LINEARS), 2)
     bad.modules["layers.0.q_proj"].a.fill_(3e38)
     segments = [Segment(0, 1, 0, 4, pool.write(0, good)), Segment(1, 2, 4, 4, pool.write(4, bad))]
-    plan = pool.plan(segments, long_segment=100)
+    plan = pool.plan(segments, long_segment=long_segment)
     assert plan is not None
     x = torch.ones(1, 2, 12)
     y = plan.apply(0, x, torch.zeros(1, 2, 20))
