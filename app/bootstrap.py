@@ -101,9 +101,17 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         num_stale_served=lambda: catalog.num_stale_served,
         breaker=getattr(store, "breaker", None),  # a directory has none
     )
+    renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
+    if len(renderer.tokens) > base.shapes.vocab_size:
+        known, given = base.shapes.vocab_size, len(renderer.tokens)
+        raise BaseModelUnsupported(f"the tokenizer has {given} tokens and the model's embedding {known}")
+    scratch = _directory(data_dir / "scratch")
+    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
+    training = build_training(parts, trains=settings.training == "auto")
     metrics = Metrics(
         model_name=base.spec.id,
         snapshot=view,
+        training=training.figures.snapshot,
         max_context=base.shapes.max_context,
         build={
             "version": __version__,
@@ -113,13 +121,6 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         },
     )
     store_calls.target = metrics.store_call
-    renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
-    if len(renderer.tokens) > base.shapes.vocab_size:
-        known, given = base.shapes.vocab_size, len(renderer.tokens)
-        raise BaseModelUnsupported(f"the tokenizer has {given} tokens and the model's embedding {known}")
-    scratch = _directory(data_dir / "scratch")
-    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
-    training = build_training(parts, trains=settings.training == "auto")
     services = Services(
         engine=engine,
         text=renderer,

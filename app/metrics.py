@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from app.engine.sequence import Timings
 from app.engine.snapshot import Histogram as HistogramSnapshot  # prometheus_client has a Histogram, too
+from app.training.figures import LEASE_LOST, RETRY_REASONS, TrainingSnapshot
 
 OUTCOMES = ("ok", "client_error", "rejected", "cancelled", "deadline", "error")
 REJECTIONS = ("queue_full", "tenant_rate", "tenant_tokens", "draining", "memory", "breaker")
@@ -121,6 +122,7 @@ class Metrics:
         *,
         model_name: str,
         snapshot: Callable[[], ServingSnapshot],
+        training: Callable[[], TrainingSnapshot] = TrainingSnapshot,
         max_context: int = 8192,
         build: Mapping[str, str] | None = None,
     ) -> None:
@@ -137,8 +139,7 @@ class Metrics:
         )
         facts = build or {}
         info.labels(*(facts.get(name, "") for name in ("version", "commit", "base_model", "quant", "device"))).set(1)
-        self._lora_changed_at, self._lora_last = time.time(), ("", "")
-        self.registry.register(_SnapshotCollector(snapshot, model_name))
+        self.registry.register(_SnapshotCollector(snapshot, training, model_name))
 
     def _make_request_metrics(self) -> None:
         registry = self.registry
@@ -279,18 +280,21 @@ class Metrics:
 class _SnapshotCollector(Collector):
     """Turns one snapshot into gauges at scrape: one consistent moment, no stale label sets."""
 
-    def __init__(self, snapshot: Callable[[], ServingSnapshot], model_name: str) -> None:
-        self._snapshot = snapshot
+    def __init__(
+        self, snapshot: Callable[[], ServingSnapshot], training: Callable[[], TrainingSnapshot], model_name: str
+    ) -> None:
+        self._snapshot, self._training = snapshot, training
         self._model = model_name
         self._lora: tuple[str, str] = ("", "")
         self._lora_changed_at = time.time()
 
     def collect(self) -> Iterator[Metric]:
-        now = self._snapshot()
+        now, training = self._snapshot(), self._training()
         yield from self._engine_gauges(now)
         yield from self._lora_gauges(now)
         yield from self._cache_metrics(now)
-        yield from self._totals(now)
+        yield from self._totals(now, {**now.num_oom, "train": training.num_out_of_memory})
+        yield from _training_metrics(training)
 
     def _engine_gauges(self, now: ServingSnapshot) -> Iterator[Metric]:
         labels = {"model_name": self._model, "engine": "0"}
@@ -354,12 +358,12 @@ class _SnapshotCollector(Collector):
             if histogram is not None:
                 yield HistogramMetricFamily(name, words, buckets=_cumulative(histogram), sum_value=histogram.total)
 
-    def _totals(self, now: ServingSnapshot) -> Iterator[Metric]:
+    def _totals(self, now: ServingSnapshot, num_oom: Mapping[str, int]) -> Iterator[Metric]:
         stale = CounterMetricFamily("lodger_stale_served", "Names resolved from memory while the store was down.")
         stale.add_metric((), now.num_stale_served)
         yield stale
         for name, words, label, kinds, counts in (
-            ("lodger_oom", "Times memory ran out.", "phase", ("prefill", "decode", "load", "train"), now.num_oom),
+            ("lodger_oom", "Times memory ran out.", "phase", ("prefill", "decode", "load", "train"), num_oom),
             (
                 "lodger_integrity_failures",
                 "Bytes that are not what was published.",
@@ -379,6 +383,29 @@ class _SnapshotCollector(Collector):
             counter = CounterMetricFamily(name, words, labels=("model_name",))
             counter.add_metric((self._model,), value)
             yield counter
+
+
+def _training_metrics(now: TrainingSnapshot) -> Iterator[Metric]:
+    """Jobs of all processes, and what this one's trainer did."""
+    jobs = GaugeMetricFamily("lodger_jobs", "Fine-tuning jobs.", labels=("state",))
+    for state, count in now.jobs.items():
+        jobs.add_metric((state,), count)
+    yield jobs
+    yield _gauge("lodger_job_queue_age_seconds", "Age of the job that waits longest.", now.queue_age_s)
+    if now.last_loss is not None:
+        yield _gauge("lodger_train_loss", "Training loss of the newest step of any job.", now.last_loss)
+    yield from _histograms("lodger_job_seconds", "Creation of a job to its end.", "outcome", now.job_seconds)
+    retries = CounterMetricFamily("lodger_job_retries", "Work of jobs that is done again.", labels=("reason",))
+    for reason in RETRY_REASONS:
+        retries.add_metric((reason,), now.retries.get(reason, 0))
+    yield retries
+    for name, words, value in (
+        ("lodger_job_lease_lost", "Jobs taken back from silent workers.", now.retries.get(LEASE_LOST, 0)),
+        ("lodger_train_tokens", "Tokens that this process trained or measured.", now.num_tokens),
+    ):
+        counter = CounterMetricFamily(name, words)
+        counter.add_metric((), value)
+        yield counter
 
 
 def _gauge(name: str, words: str, value: float) -> Metric:

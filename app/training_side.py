@@ -26,6 +26,7 @@ from app.settings import Settings
 from app.training.config import TrainableBase
 from app.training.courier import Courier
 from app.training.evaluate import GreedySampler
+from app.training.figures import TrainingFigures
 from app.training.files import FileLimits, FileStore
 from app.training.fine_tuning import FineTuning
 from app.training.jobs import JobStore
@@ -39,10 +40,9 @@ from app.training.work_queue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one micro-step, padding counted. On a CPU a product of 512 rows is as fast per row as a larger one, and a
-# quantum of it still lets serving go first in time; on a GPU smaller ones would leave it idle.
-# Tokens of a micro-step. A layer's quantum is what a running request may have to wait for: 128 tokens of SmolLM2 take
-# two cores about 10 ms forward and 30 ms backward, half of a decode step, and large batches gain a CPU little.
+# Tokens of a micro-step, padding counted. A layer's quantum is what a running request may have to wait for: 128 tokens
+# of SmolLM2 take two cores about 10 ms forward and 30 ms backward, half of a decode step, and large batches gain a CPU
+# little.
 MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 8192}
 CHORES_EVERY_S = 5.0
 
@@ -74,6 +74,7 @@ class TrainingSide:
     trainer: Trainer | None
     chores: Chores
     courier: Courier
+    figures: TrainingFigures
 
     def start(self) -> None:
         if self.trainer is not None:
@@ -134,8 +135,10 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     webhooks = Webhooks(parts.database)
     trainer = build_trainer(parts, fine_tuning) if trains else None
     parts.engine.trainer = trainer
-    chores = Chores((files.sweep, files.collect_unpinned, uploads.sweep))
-    return TrainingSide(fine_tuning, uploads, Permissions(parts.database), webhooks, trainer, chores, Courier(webhooks))
+    figures = TrainingFigures(parts.database, None if trainer is None else trainer.counters)
+    chores = Chores((files.sweep, files.collect_unpinned, uploads.sweep, figures.look))
+    permissions, courier = Permissions(parts.database), Courier(webhooks)
+    return TrainingSide(fine_tuning, uploads, permissions, webhooks, trainer, chores, courier, figures)
 
 
 def build_trainer(parts: Parts, fine_tuning: FineTuning) -> Trainer:

@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 
 from app.engine.snapshot import STEP_BUCKETS_S, Histogram
 from app.metrics import LOAD_STAGES, TIERS, Metrics, ResidentAdapter, ServingSnapshot, TierSnapshot
+from app.training.figures import JOB_BUCKETS_S, JOB_OUTCOMES, TrainingSnapshot
+from app.training.job import JobStatus
 
 # Labels whose values are no closed set that is worth a list: names of this installation, or route templates and codes.
 OPEN_LABELS = frozenset(
@@ -36,9 +38,18 @@ def full_snapshot() -> ServingSnapshot:
     return replace(snapshot, is_draining=True)
 
 
+def full_training() -> TrainingSnapshot:
+    histogram = Histogram(JOB_BUCKETS_S, (0,) * (len(JOB_BUCKETS_S) + 1), 0.0)
+    return TrainingSnapshot(
+        jobs=dict.fromkeys((status.value for status in JobStatus), 0),
+        last_loss=1.0,
+        job_seconds=dict.fromkeys(JOB_OUTCOMES, histogram),
+    )
+
+
 def metric_rows() -> Iterator[list[str]]:
     """Name as it is scraped (without a histogram's suffixes), type, labels with their values, meaning."""
-    metrics = Metrics(model_name="base", snapshot=full_snapshot)
+    metrics = Metrics(model_name="base", snapshot=full_snapshot, training=full_training)
     metrics.expect_routes(["/v1/models"])
     for family in sorted(metrics.registry.collect(), key=lambda family: (":" in family.name, family.name)):
         labels: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from app.errors import ServerBusy
+from app.training.figures import LEASE_LOST, OUT_OF_MEMORY, SPOILED, TrainingCounters
 from app.training.heartbeat import Heartbeat
 from app.training.job import JobNotFound, JobStatus, StaleFence
 from app.training.job_thread import JobThread
@@ -92,9 +93,7 @@ class Trainer:
             threading.Thread(target=self._validate, name="training-validation", daemon=True),
             threading.Thread(target=self._bid_farewell, name="training-farewell", daemon=True),
         ]
-        self.num_out_of_memory = 0
-        self.num_micro_steps = 0
-        self.num_joint_parts = 0  # parts that shared a micro-step with others
+        self.counters = TrainingCounters()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -151,9 +150,9 @@ class Trainer:
         wanted = [_compute(job) for job in members]
         steps = micro_step(self._room.base, [one.part for one in wanted], train=wanted[0].train)
         self._shared = _Shared(members, steps)
-        self.num_micro_steps += 1
+        self.counters.num_micro_steps += 1
         if len(members) > 1:
-            self.num_joint_parts += len(members)
+            self.counters.num_joint_parts += len(members)
         self._advance(self._shared)
 
     def _advance(self, shared: _Shared) -> None:
@@ -163,6 +162,7 @@ class Trainer:
             self._shared = None
             for job, result in zip(shared.members, end.value, strict=True):
                 job.tokens += result.num_tokens
+                self.counters.num_tokens += result.num_tokens
                 self._served[job.run.tenant] += result.num_tokens
                 self._resume(job, result)
         except Exception as exc:
@@ -170,15 +170,17 @@ class Trainer:
             out_of_memory = _is_out_of_memory(exc)
             if not out_of_memory:
                 logger.exception("micro-step failed", extra={"action": "micro_step_failed"})
-            self.num_out_of_memory += out_of_memory
+            self.counters.num_out_of_memory += out_of_memory
             is_shared = len(shared.members) > 1
             for job in shared.members:
                 if out_of_memory:
+                    self.counters.retries[OUT_OF_MEMORY] += 1
                     self._throw(job, OutOfMemory())
                 elif not is_shared:
                     self._throw(job, exc)
                 else:
                     job.is_alone = True
+                    self.counters.retries[SPOILED] += 1
                     if _compute(job).train:  # else nothing was summed up, and it is just measured again
                         self._throw(job, Spoiled())
             if out_of_memory and torch.cuda.is_available():
@@ -244,7 +246,7 @@ class Trainer:
         while not self._stop.is_set():
             try:
                 if since % looks == 0:
-                    reaper.sweep()
+                    self.counters.retries[LEASE_LOST] += len(reaper.sweep())
                 since += 1
                 self._look_after()
                 claim = self._room.fine_tuning.queue.claim(self._worker) if self._has_room() else None

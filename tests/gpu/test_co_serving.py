@@ -83,4 +83,4 @@ def test_a_job_leaves_no_memory_behind(rig: Rig, base: BaseModel) -> None:
     torch.cuda.synchronize()
     weights = sum(base.memory_bytes().values())
     assert torch.cuda.memory_allocated(base.device) - held < 0.1 * weights + (1 << 20)
-    assert rig.trainer.num_out_of_memory == 0
+    assert rig.trainer.counters.num_out_of_memory == 0

@@ -250,7 +250,7 @@ def test_jobs_that_share_micro_steps_end_as_they_would_alone(base: BaseModel, tm
     try:
         done = rig.wait(*jobs)
         assert [job.status for job in done] == [JobStatus.SUCCEEDED] * 2, [job.error for job in done]
-        assert rig.trainer.num_joint_parts > 10
+        assert rig.trainer.counters.num_joint_parts > 10
         together = [published(rig, job) for job in done]
     finally:
         rig.close()
@@ -453,7 +453,7 @@ def test_out_of_memory_halves_the_micro_batch_and_spares_everybody_else(
     (done,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
     assert done.status is JobStatus.SUCCEEDED, done.error
     assert "Memory ran out: a micro-batch now holds at most 128 tokens" in rig.messages(done)
-    assert rig.trainer.num_out_of_memory > 0
+    assert rig.trainer.counters.num_out_of_memory > 0
     monkeypatch.setattr(trainer_module, "micro_step", too_large(5))
     (failed,) = rig.wait(rig.create(FEW, hyperparameters=FAST))
     assert failed.error is not None

@@ -17,6 +17,7 @@ from app.database import metadata, migrate, open_database, writing
 from app.errors import ModelNotFound, RateLimited, RequestInvalid
 from app.training import tables
 from app.training.config import TrainableBase, TrainingConfig, auto_batch_size, auto_epochs, resolve
+from app.training.figures import JOB_BUCKETS_S, TrainingFigures
 from app.training.job import (
     TRANSITIONS,
     InvalidJobState,
@@ -657,3 +658,27 @@ def test_tokens_of_a_day_bound_what_a_tenant_may_train(world: World) -> None:
     assert refused.value.code == "quota_exceeded"
     world.wall.now += 25 * 3600
     world.jobs.create("acme", NewJob(spec, asked={"n": 3}), max_tokens_per_day=100)
+
+
+# ---- what operators see
+
+
+def test_figures_tell_jobs_ages_losses_and_durations(world: World) -> None:
+    ended_before = world.running()
+    world.queue.fail(ended_before, JobError("server_error", "before the process began"))
+    world.wall.now += 1000.0
+    figures = TrainingFigures(world.engine, None, wall=world.wall)
+    claim = world.running()
+    world.queue.record_metrics(claim, [StepMetrics(1, train_loss=2.5), StepMetrics(2, train_loss=1.5)])
+    world.queued("globex")
+    world.wall.now += 45.0
+    figures.look()
+    seen = figures.snapshot()
+    assert {state: count for state, count in seen.jobs.items() if count} == {"running": 1, "queued": 1, "failed": 1}
+    assert (seen.queue_age_s, seen.last_loss) == (45.0, 1.5)
+    world.queue.fail(claim, JobError("nan_loss", "no"))
+    figures.look()
+    figures.look()  # the same end is not counted twice
+    failed = figures.snapshot().job_seconds["failed"]
+    assert (sum(failed.counts), failed.total) == (1, 45.0)
+    assert failed.counts[JOB_BUCKETS_S.index(60.0)] == 1
