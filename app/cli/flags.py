@@ -16,7 +16,9 @@ from app.settings_sources import FIELDS, flag_of, load_settings, variable_of
 WHERE = ("config", "data_dir", "database_url")  # what the commands on tenants and keys need
 STORES = (*WHERE, "store", *(name for name in FIELDS if name.startswith(("s3_", "base_"))), "quantization", "max_rank")
 
-SHORTER = {"training": ("--train",)}  # flags that may be written otherwise, too
+SHORTER = {
+    "training": "--train"
+}  # flags that may be written otherwise, too, where a command has no such flag of its own
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -31,7 +33,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
             flags = {name: values.pop(name) for name in fields}
             command(load_settings(flags), **values)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [_flag(name) for name in fields]
+        taken = {flag_of(p.name) for p in own}
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [_flag(name, [s for s in [SHORTER.get(name)] if s and s not in taken]) for name in fields]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {}
         return run
@@ -39,13 +43,13 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def _flag(name: str) -> inspect.Parameter:
+def _flag(name: str, shorter: list[str]) -> inspect.Parameter:
     """One optional text option; its value is checked by `Settings`, with the same words wherever it came from."""
     field = Settings.model_fields[name]
     default = "" if field.default_factory or field.default in (None, "") else f"default {field.default}, "
     option = typer.Option(
         flag_of(name),
-        *SHORTER.get(name, ()),
+        *shorter,
         help=f"{field.description} [{default}{variable_of(name)}]",
         metavar=_metavar(name, field),
         show_default=False,

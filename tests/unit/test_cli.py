@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
-from app.__main__ import main
+from app.__main__ import build_app, main
 from app.cli.demo import curl_line
 from app.database import migrate, open_database
 from app.engine import base_spec
@@ -262,3 +265,12 @@ def test_python_dash_m_is_the_same_program() -> None:
 def test_training_is_switched_by_either_flag(cli: Cli) -> None:
     for flag in ("--train", "--training"):
         assert "'auto' or 'off'" in cli("serve", flag, "nonsense").err
+
+
+def test_no_flag_of_a_command_means_two_things() -> None:
+    commands: list[Any] = [typer.main.get_command(build_app())]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        flags = Counter(flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts))
+        assert not [flag for flag, count in flags.items() if count > 1], command.name
