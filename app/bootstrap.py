@@ -186,6 +186,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_pinned_leaves_rows=settings.max_rank,
         max_sequences=settings.max_sequences,
         max_batch_tokens=settings.max_batch_tokens,
+        max_prefill_tokens=settings.max_prefill_tokens,
         max_waiting=settings.max_waiting,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,

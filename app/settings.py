@@ -158,8 +158,12 @@ class Settings(BaseSettings):
     max_batch_tokens: Count = Field(
         512, description="Tokens computed in a step, at least one a sequence; long prompts are cut."
     )
+    max_prefill_tokens: Count | None = Field(
+        None,
+        description="Of these, prompt tokens while most sequences generate; unset: 32 on a CPU, all on CUDA.",
+    )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
-        16, description="Tokens in a KV block; on CUDA a multiple of 16."
+        16, description="Tokens in a KV block; on CUDA in half precision always 256, the page of its kernel."
     )
     kv_cache_bytes: Bytes | None = Field(None, description="Memory of the KV cache; unset: chosen from what is free.")
     prefix_caching: bool = Field(

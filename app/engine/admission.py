@@ -68,9 +68,9 @@ class SchedulerLimits:
     max_context: int  # tokens, prompt and answer together
     max_sequences: int = 32  # that run at once
     max_batch_tokens: int = 512  # computed in one step
+    max_prefill_tokens: int | None = None  # of these, of prompts, where most sequences decode; None: no such bound
     max_waiting: int = 256  # requests, of all tenants
     max_adapter_wait_s: float = 3.0  # who has waited longer for rank rows makes rows fall free
-    long_prefill_tokens: int = 32  # chunks of this size and more stand first in a batch
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1 or self.max_batch_tokens < self.max_sequences:
@@ -78,6 +78,14 @@ class SchedulerLimits:
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}), "
                 "and that at least 1: each running sequence takes one token of every step"
             )
+
+    def step_tokens(self, num_decodes: int, num_prefills: int) -> int:
+        """What a step may compute. A prompt holds up those who decode, and waits itself when it is cut into small
+        chunks: the more numerous of the two sides has its way.
+        """
+        if self.max_prefill_tokens is None or num_decodes <= num_prefills:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, num_decodes + self.max_prefill_tokens)
 
 
 class _Verdict(enum.Enum):
@@ -93,6 +101,7 @@ class AdmissionPass:
     """One walk over the queues, and what came of it."""
 
     now: float
+    budget: int  # tokens of this step
     wanted: int = 0  # tokens that running sequences have still to compute
     reserved: int = 0  # of these, what each is sure to get in this step
     num_long: int = 0  # long prefills under way
@@ -118,9 +127,12 @@ class Admission:
         self, now: float, share_of: ShareOf, *, admitted: list[Sequence], failed: list[tuple[Sequence, Exception]]
     ) -> None:
         """Start as many waiting sequences as may start now; both lists are added to."""
-        walk = AdmissionPass(now, admitted=admitted, failed=failed)
         if not self._queues.num_waiting:
             return
+        num_decodes = sum(seq.num_uncomputed == 1 for seq in self._running)
+        num_prefills = len(self._running) - num_decodes + self._queues.num_waiting
+        budget = self._limits.step_tokens(num_decodes, num_prefills)
+        walk = AdmissionPass(now, budget, admitted=admitted, failed=failed)
         for seq in self._running:
             self._count(walk, seq)
         if self._start_starved(walk, share_of):
@@ -243,7 +255,7 @@ class Admission:
         self._count(walk, seq)
 
     def _has_room(self, walk: AdmissionPass) -> bool:
-        return len(self._running) < self._limits.max_sequences and walk.reserved < self._limits.max_batch_tokens
+        return len(self._running) < self._limits.max_sequences and walk.reserved < walk.budget
 
     def _count(self, walk: AdmissionPass, seq: Sequence) -> None:
         left = seq.num_uncomputed

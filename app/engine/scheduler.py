@@ -22,7 +22,7 @@ from app.engine.fairness import VirtualTokenCounters
 from app.engine.kv_cache import KVCache
 from app.engine.queues import EVEN_SHARE, RunningSet, ShareOf, TenantQueues, TenantShare
 from app.engine.sequence import AdapterKey, Batch, Chunk, Phase, Request, Sequence
-from app.errors import AccessDenied, ContextLengthExceeded, OutOfMemory, QueueFull, RateLimited, ServerDraining
+from app.errors import AccessDenied, ContextLengthExceeded, OutOfMemory, QueueFull, RateLimited
 
 __all__ = [
     "Acquired",
@@ -80,7 +80,6 @@ class Scheduler:
         self._admitted: list[Sequence] = []
         self._failed: list[tuple[Sequence, Exception]] = []
         self._num_preemptions = 0
-        self._is_draining = False
 
     # Submitting: any thread.
 
@@ -92,10 +91,8 @@ class Scheduler:
         """Refuse what cannot be queued now. `inbox`: requests that were accepted before and are not added yet, and this
         tenant's share of them.
 
-        Raises ServerDraining, QueueFull, RateLimited, and what `check_fits` raises.
+        Raises QueueFull, RateLimited, and what `check_fits` raises.
         """
-        if self._is_draining:
-            raise ServerDraining
         self.check_fits(request)
         if self.num_waiting + inbox >= self.limits.max_waiting:
             raise QueueFull
@@ -202,10 +199,6 @@ class Scheduler:
                 self.finish(seq)
         return [] if error is None else waiting
 
-    def drain(self) -> None:
-        """Refuse new requests from now on; those that are queued still run. `has_work` tells when they have."""
-        self._is_draining = True
-
     # Looking.
 
     @property
@@ -295,12 +288,11 @@ class Scheduler:
     def _chunks(self) -> tuple[Chunk, ...]:
         """One token for each decode; the prefills share the rest evenly, and long ones get what short ones leave."""
         chunks = [Chunk(seq, seq.num_computed, 1) for seq in self._running if seq.num_uncomputed == 1]
-        budget = self.limits.max_batch_tokens - len(chunks)
         prefills = sorted((s for s in self._running if s.num_uncomputed > 1), key=lambda s: s.num_uncomputed)
+        step_tokens = self.limits.step_tokens(len(chunks), len(prefills) + self._queues.num_waiting)
+        budget = max(step_tokens - len(chunks), len(prefills))  # nobody stands still
         for index, seq in enumerate(prefills):
             count = min(seq.num_uncomputed, budget // (len(prefills) - index))
             chunks.append(Chunk(seq, seq.num_computed, count))
             budget -= count
-        long = self.limits.long_prefill_tokens
-        chunks.sort(key=lambda c: (c.count < long, c.sequence.request.adapter is None, c.sequence.adapter_key or ()))
         return tuple(chunks)

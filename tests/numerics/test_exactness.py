@@ -104,7 +104,7 @@ def assert_equals_oracle(
         pytest.param({}, id="as it comes"),
         pytest.param({"max_batch_tokens": 40, "max_sequences": 40}, id="prompts cut into chunks"),
         pytest.param({"pool_rows": 80}, id="adapters swapped in and out"),
-        pytest.param({"kv_cache_bytes": 830_000, "block_size": 4}, id="preemption forced"),
+        pytest.param({"kv_cache_bytes": 830_000, "block_size": 4, "max_prefill_tokens": 512}, id="preemption forced"),
     ],
 )
 def test_mixed_batch_equals_each_adapter_alone(

@@ -89,6 +89,7 @@ def test_mixed_batch_equals_each_adapter_alone(
     few_blocks = {
         "block_size": 4,
         "max_batch_tokens": 2048,
+        "max_prefill_tokens": 2048,
         "placements_per_step": len(KINDS),
         "kv_cache_bytes": kv_bytes(base, sum(-(-n // 4) * 4 for n in PROMPTS) + 8),
     }
