@@ -18,11 +18,11 @@ LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 
 
 class LoadTimes:
-    """How long the stages of loading took; observed by loader threads, read at scrape."""
+    """How long the loader's stages took; observed by its threads, read at scrape."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stages = {stage: HistogramBuilder(LOAD_BUCKETS_S) for stage in ("fetch", "verify", "parse", "place")}
+        self._stages = {stage: HistogramBuilder(LOAD_BUCKETS_S) for stage in ("fetch", "verify", "parse")}
 
     def observe(self, stage: str, seconds: float) -> None:
         with self._lock:
@@ -75,7 +75,7 @@ class ServingView:
             is_draining=self._is_draining(),
             tiers={"host": _tier(loader.host), "disk": _tier(loader.disk), "pool": self._pool()},
             load_failures=loader.failures,
-            load_seconds=self._load_times.freeze(),
+            load_seconds={**self._load_times.freeze(), "place": engine.place_seconds},
             step_seconds={"prefill": steps.prefill_seconds, "decode": steps.decode_seconds},
             batch_rows=steps.batch_rows,
             batch_adapters=steps.batch_adapters,

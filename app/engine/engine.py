@@ -523,6 +523,7 @@ class Engine:
             kv_num_blocks=self._scheduler.kv.num_blocks,
             quarantined=self._residency.num_quarantined,
             placements=self._residency.placements,
+            place_seconds=self._residency.place_seconds.freeze(),
             evictions=pool.num_evictions,
             counters=self.counters.freeze(),
         )

@@ -6,6 +6,7 @@ through the engine's inbox. Engine thread only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from adapters.rank_pool import RankPool
 from adapters.weights import HostAdapter
 from app.engine.model_runner import ResidentRows
 from app.engine.scheduler import Acquired, Lease
+from app.engine.snapshot import STEP_BUCKETS_S, HistogramBuilder
 
 Key = tuple[str, str]
 MAX_PARKED = 4
@@ -88,6 +90,7 @@ class Residency:
         self._placements_left = placements_per_step
         self._is_torn = False
         self.placements = 0
+        self.place_seconds = HistogramBuilder(STEP_BUCKETS_S)
 
     def new_step(self) -> None:
         self._placements_left = self._placements_per_step
@@ -199,6 +202,7 @@ class Residency:
         self._loader.want(manifest, lambda m, adapter, error, tier: self._post(Arrival(m, adapter, error, tier)))
 
     def _place(self, key: Key, manifest: AdapterManifest, host: HostAdapter) -> bool:
+        began = time.monotonic()
         placement = self.pool.place(key, host.rank)
         if placement is None:
             return False
@@ -213,6 +217,7 @@ class Residency:
         self._parked.pop(key, None)
         self._placements_left -= 1
         self.placements += 1
+        self.place_seconds.observe(time.monotonic() - began)
         return True
 
     def _forget(self, key: Key) -> None:

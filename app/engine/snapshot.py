@@ -115,5 +115,6 @@ class EngineSnapshot:
     kv_num_blocks: int
     quarantined: int
     placements: int
+    place_seconds: Histogram  # copying an adapter into the pool, by the engine thread
     evictions: int
     counters: StepTotals
