@@ -111,6 +111,11 @@ class AdapterManifest:
         """The name an answer carries: `support@v3`."""
         return f"{self.name}@v{self.version}"
 
+    @property
+    def blobs(self) -> frozenset[str]:
+        """The sha256 of its files."""
+        return frozenset({self.config.sha256, self.weights.sha256})
+
     def to_json(self) -> bytes:
         return canonical_json({"schema": 1, **asdict(self)})
 

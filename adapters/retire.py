@@ -119,10 +119,9 @@ class Retirer:
     def _collect(self, tenant: str, deleted: Iterable[AdapterManifest]) -> None:
         """Delete the blobs of deleted versions that no other version of the tenant names.
 
-        Files may need one, too: the collector asks. Where the role may not delete, they stay for the eraser.
+        Files and checkpoints may need one, too: the collector asks. Where the role may not delete, they stay for the eraser.
         """
-        blobs = {sha256 for manifest in deleted for sha256 in (manifest.config.sha256, manifest.weights.sha256)}
-        self._collector.collect(tenant, blobs)
+        self._collector.collect(tenant, {sha256 for manifest in deleted for sha256 in manifest.blobs})
         if self._records.is_erased(tenant):  # the eraser may have passed before our tombstones were written
             self.erase_tenant(tenant)
 
@@ -131,5 +130,5 @@ class Retirer:
         named: set[str] = set()
         for record in self._records.read_all(tenant):
             for manifest in self._records.manifests(record):
-                named |= {manifest.config.sha256, manifest.weights.sha256}
+                named |= manifest.blobs
         return named & asked

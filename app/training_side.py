@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
@@ -23,6 +24,7 @@ from app.engine.base_model import BaseModel
 from app.engine.engine import Engine
 from app.model_names import AdapterName, BaseModelName, model_not_found, parse_model_name
 from app.settings import Settings
+from app.training.checkpoint import sweep_states
 from app.training.config import TrainableBase
 from app.training.courier import Courier
 from app.training.evaluate import GreedySampler
@@ -121,6 +123,7 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     limits = FileLimits(settings.max_file_bytes, settings.max_upload_bytes)
     files = FileStore(parts.database, parts.store, limits=limits, collector=parts.catalog.collector)
     jobs = JobStore(parts.database)
+    parts.catalog.collector.ask(jobs.needed_blobs)
     fine_tuning = FineTuning(
         jobs,
         WorkQueue(parts.database, base_id=base.spec.id, base_digest=base.spec.digest),
@@ -136,7 +139,8 @@ def build_training(parts: Parts, *, trains: bool) -> TrainingSide:
     trainer = build_trainer(parts, fine_tuning) if trains else None
     parts.engine.trainer = trainer
     figures = TrainingFigures(parts.database, None if trainer is None else trainer.counters)
-    chores = Chores((files.sweep, files.collect_unpinned, uploads.sweep, figures.look))
+    clear = functools.partial(sweep_states, jobs, parts.store, parts.scratch)
+    chores = Chores((files.sweep, files.collect_unpinned, uploads.sweep, clear, figures.look))
     permissions, courier = Permissions(parts.database), Courier(webhooks)
     return TrainingSide(fine_tuning, uploads, permissions, webhooks, trainer, chores, courier, figures)
 

@@ -81,6 +81,7 @@ class Rig:
         self.queue = WorkQueue(database, base_id=base.spec.id)
         self.files = FileStore(database, self.store)
         self.catalog = AdapterCatalog(self.store, base.spec, limits, scratch=scratch)
+        self.catalog.collector.ask(self.jobs.needed_blobs)
         self.renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
         trainable = TrainableBase(
             base.spec,

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -28,6 +28,9 @@ from adapters.errors import ObjectNotFound, ObjectTooLarge
 from adapters.manifest import canonical_json, tenant_prefix
 from adapters.store import BlobStore
 from app.training.progress import Progress
+
+if TYPE_CHECKING:
+    from app.training.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -159,3 +162,10 @@ def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Ten
 def _facts(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "num_bytes": path.stat().st_size}
+
+
+def sweep_states(jobs: JobStore, store: BlobStore, scratch: Path) -> None:
+    """Delete the durable states of jobs that ended while no worker held them: cancelled while paused or queued."""
+    for tenant, job_id in jobs.left_states():
+        StateStore(store, tenant, job_id, scratch=scratch).clear()
+        jobs.forget_state(job_id)

@@ -9,14 +9,14 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from adapters.manifest import canonical_json
+from adapters.manifest import AdapterManifest, canonical_json
 from app.database import reading, writing
 from app.errors import RateLimited, RequestInvalid
 from app.training import job_rows, tables
@@ -348,6 +348,30 @@ class JobStore:
         if row is None:
             return None
         return FineTunedModel(name, row.tenant, row.job_id, row.created_at, row.adapter_name, None, row.manifest)
+
+    def left_states(self, limit: int = 100) -> Sequence[tuple[str, str]]:
+        """(tenant, job) of jobs that are over and whose durable states may still lie in the store."""
+        jobs = tables.jobs
+        over = jobs.c.status.in_([status.value for status in JobStatus if status.is_over])
+        query = sa.select(jobs.c.tenant, jobs.c.id).where(over, jobs.c.state.is_not(sa.null()))
+        with reading(self._engine) as connection:
+            return [(tenant, job_id) for tenant, job_id in connection.execute(query.limit(limit))]
+
+    def forget_state(self, job_id: str) -> None:
+        """The states of a job that is over are deleted."""
+        with writing(self._engine) as connection:
+            connection.execute(sa.update(tables.jobs).where(tables.jobs.c.id == job_id).values(state=sa.null()))
+
+    def needed_blobs(self, tenant: str, asked: Set[str]) -> Set[str]:
+        """Those of `asked` that a listed checkpoint is made of, or the adapter that an open job continues from."""
+        jobs, points = tables.jobs, tables.checkpoints
+        listed = sa.select(points.c.manifest).join(jobs, jobs.c.id == points.c.job_id)
+        is_open = jobs.c.status.in_([status.value for status in JobStatus if not status.is_over])
+        with reading(self._engine) as connection:
+            manifests = list(connection.execute(listed.where(jobs.c.tenant == tenant, ~points.c.is_dropped)).scalars())
+            specs = connection.execute(sa.select(jobs.c.spec).where(jobs.c.tenant == tenant, is_open)).scalars()
+            manifests += [parent for spec in specs if (parent := spec.get("parent")) is not None]
+        return {sha256 for manifest in manifests for sha256 in AdapterManifest.from_dict(manifest).blobs} & asked
 
     def fine_tuned_models(self, tenant: str) -> Sequence[FineTunedModel]:
         """The tenant's finished models by their `ft:` names, newest first; their checkpoints are not among them."""

@@ -7,7 +7,7 @@ answer after the caches were wiped is the answer from before. All calls block; t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +129,11 @@ class AdapterOutput:
         facts = ((packed.checked.config_file, packed.config), (packed.checked.weights, packed.weights))
         for fact, path in facts:
             self._store.put_if_absent(blob_key(packed.manifest.tenant, fact.sha256), path)
+
+    def drop(self, manifests: Sequence[AdapterManifest]) -> None:
+        """Delete the files of checkpoints that are listed no more, where nothing else is made of them."""
+        for manifest in manifests:
+            self._catalog.collector.collect(manifest.tenant, manifest.blobs)
 
     def publish(self, job: Job, packed: PackedAdapter, *, alias: str | None) -> AdapterManifest:
         """Store it as the job's one version and point `alias` at it, if any. May be repeated by the same job."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from adapters.errors import AdapterNormTooLarge, AdapterRefused, AdapterValuesNotFinite
+from adapters.manifest import AdapterManifest
 from adapters.store import BlobStore
 from app.engine.base_model import BaseModel
 from app.engine.engine import is_out_of_memory
@@ -274,7 +275,8 @@ class JobRun:
         yield from self._call(self._room.output.keep, packed)
         self._room.output.warm(packed)
         manifest = asdict(packed.manifest)
-        yield from self._call(self._queue.add_checkpoint, self._claim, measured, manifest)
+        _, dropped = yield from self._call(self._queue.add_checkpoint, self._claim, measured, manifest)
+        yield from self._call(self._room.output.drop, [AdapterManifest.from_dict(one.manifest) for one in dropped])
 
     # ---- when something goes wrong
 
