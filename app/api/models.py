@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -9,7 +10,7 @@ from fastapi import APIRouter
 from adapters.errors import AdapterNotFound
 from adapters.manifest import AdapterManifest
 from app.api.adapter_objects import delete_named, model_object
-from app.api.answering import FINE_TUNED_MODEL, resolve_model
+from app.api.answering import FINE_TUNED_MODEL, choose_model, resolve_model
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep, FactsDep
 from app.api.services import Services
@@ -29,12 +30,21 @@ async def list_models(caller: CallerDep, context: ContextDep) -> dict[str, Any]:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, caller: CallerDep, context: ContextDep, facts: FactsDep) -> dict[str, Any]:
     """One model by any of the names that a request's `model` may be."""
-    adapter = await resolve_model(context, caller, model)
+    adapter = (await choose_model(context, caller, model)).adapter
     if adapter is None:
         return base_object(context)
     facts.adapter, facts.digest = adapter.label, adapter.digest
-    aliases = await context.store(context.services.catalog.aliases, caller.tenant, adapter.name)
-    return model_object(model, adapter, aliases, owner=caller.tenant)
+    return model_object(model, adapter, await _aliases(context, caller.tenant, adapter), owner=adapter.tenant)
+
+
+async def _aliases(context: ApiContext, tenant: str, adapter: AdapterManifest) -> Mapping[str, int]:
+    """None for a checkpoint: it is shared by another tenant, or its adapter has no version yet."""
+    if adapter.tenant != tenant:
+        return {}
+    try:
+        return await context.store(context.services.catalog.aliases, tenant, adapter.name)
+    except AdapterNotFound:
+        return {}
 
 
 @router.delete("/v1/models/{model:path}")

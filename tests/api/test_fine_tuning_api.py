@@ -490,6 +490,7 @@ def test_granted_tenant_prompts_a_checkpoint_and_nobody_else_does(rig: Rig, clie
     assert other.completions.create(model=name, prompt="x", max_tokens=2).model == name
     request = rig.serving.engine.requests[-1]
     assert (request.tenant, request.adapter.tenant, request.is_shared) == ("globex", "acme", True)
+    assert [other.models.retrieve(name).owned_by, client.models.retrieve(name).id] == ["acme", name]
     refusal(lambda: other.models.delete(name), openai.NotFoundError)
     client.fine_tuning.checkpoints.permissions.delete(granted[0].id, fine_tuned_model_checkpoint=name)
     refusal(lambda: other.completions.create(model=name, prompt="x", max_tokens=2), openai.NotFoundError)
