@@ -51,7 +51,8 @@ def write_coserving_plot(report: Report, path: Path) -> None:
     axis.axhline(1.5, color="0.6", linestyle="--", linewidth=1)
     axis.set_xlabel("training speed kept, % of training alone")
     axis.set_ylabel("p95 inter-token latency, training on / off")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 115 * max((kept for kept, _, _ in curve), default=1.0))  # room for the last label
+    axis.set_ylim(bottom=min((1.0, *(slower for _, slower, _ in curve))))
     axis.set_title(f"{report.base}, {report.machine.cpu}, {found.concurrency} at once", fontsize=10)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     plt.close(figure)
