@@ -62,12 +62,14 @@ def test_two_jobs_learn_their_texts_beside_each_other(
     clients = {tenant: connect(server, server.new_tenant(tenant)) for tenant in rows}
     for client in clients.values():
         ask(client, MODEL, "peace")  # what serving needs is there before memory is measured
-    before = resident_bytes(server)
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(
-            zip(rows, pool.map(lambda tenant: train(clients[tenant], tenant, rows[tenant] or []), rows), strict=True)
-        )
-    grown = peak_bytes(server) - before
+    before = peak = resident_bytes(server)
+    with ThreadPoolExecutor(len(rows)) as pool:
+        jobs = {tenant: pool.submit(train, clients[tenant], tenant, found or []) for tenant, found in rows.items()}
+        while not all(job.done() for job in jobs.values()):
+            peak = max(peak, resident_bytes(server))
+            time.sleep(0.2)
+    outcomes = {tenant: job.result() for tenant, job in jobs.items()}
+    grown = peak - before
     write_report(outcomes, grown)
     for tenant, outcome in outcomes.items():
         assert outcome.loss < 0.9 * outcome.base_loss, tenant
@@ -115,16 +117,8 @@ def ask(client: openai.OpenAI, model: str, word: str) -> str:
 
 
 def resident_bytes(server: ServerProcess) -> int:
-    return _status(server, "VmRSS")
-
-
-def peak_bytes(server: ServerProcess) -> int:
-    return _status(server, "VmHWM")
-
-
-def _status(server: ServerProcess, key: str) -> int:
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
-    kibibytes = next(line.split()[1] for line in lines if line.startswith(f"{key}:"))
+    kibibytes = next(line.split()[1] for line in lines if line.startswith("VmRSS:"))
     return int(kibibytes) << 10
 
 
@@ -138,7 +132,7 @@ def write_report(outcomes: dict[str, Outcome], grown: int) -> None:
         base = next(iter(outcomes.values())).answers[word][0]
         for who, answer in (("the base", base), *((tenant, o.answers[word][1]) for tenant, o in outcomes.items())):
             lines.append(f"| {question(word)['content']} | {who} | {answer.replace('|', chr(92) + '|')} |")
-    lines += ["", f"Memory grew by at most {grown >> 20} MiB over a server that had answered."]
+    lines += ["", f"With both jobs the server grew by at most {grown >> 20} MiB."]
     REPORT.write_text("\n".join(lines) + "\n")
     figure, panels = pyplot.subplots(1, len(outcomes), figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (tenant, o) in zip(panels, outcomes.items(), strict=True):
