@@ -119,7 +119,8 @@ class Retirer:
     def _collect(self, tenant: str, deleted: Iterable[AdapterManifest]) -> None:
         """Delete the blobs of deleted versions that no other version of the tenant names.
 
-        Files and checkpoints may need one, too: the collector asks. Where the role may not delete, they stay for the eraser.
+        Files and checkpoints may need one, too: the collector asks. Where the role may not delete, they stay for the
+        eraser.
         """
         self._collector.collect(tenant, {sha256 for manifest in deleted for sha256 in manifest.blobs})
         if self._records.is_erased(tenant):  # the eraser may have passed before our tombstones were written
