@@ -23,8 +23,9 @@ with warnings.catch_warnings():
     from peft import PeftModel
 
 # Largest difference of two log-probabilities. In fp32 both sides multiply the same numbers; in bf16 they round their
-# sums in another order, and the tiny model's logits spread over about 20.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+# sums in another order, and the tiny model's logits spread over about 20, where neighbours in bf16 are 0.125 apart.
+# Measured: 5e-6 and 0.134.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 0.2}
 LENGTHS = (1, 33, 120)
 
 
