@@ -129,6 +129,10 @@ class DiskTier:
             self._claims.close()
             raise LocalDiskFailed(f"The adapter cache's directory cannot be used: {exc.strerror}.") from exc
 
+    def holds(self, tenant: str, sha256: str) -> bool:
+        """True while the index has the file; does not count as a use, and another process may remove it."""
+        return (tenant, sha256) in self._index
+
     def open(self, tenant: str, sha256: str) -> DiskFile | None:
         """Return the file leased, and count it as used now; None if it is not here. Its bytes are for you to check."""
         key, path, link = (tenant, sha256), self._path(tenant, sha256), self._private / uuid.uuid4().hex

@@ -106,6 +106,13 @@ class AdapterLoader(Generic[H]):
         """Return the adapter if it is in host memory, and count it as used. Never blocks."""
         return self._host.get(manifest.ref.key)
 
+    def tier_of(self, manifest: AdapterManifest) -> str:
+        """Where its bytes are nearest: "host", "disk" or "s3". Never blocks, and does not count as a use."""
+        if manifest.ref.key in self._host:
+            return "host"
+        is_on_disk = all(self._disk.holds(manifest.tenant, fact.sha256) for fact in (manifest.config, manifest.weights))
+        return "disk" if is_on_disk else "s3"
+
     def want(self, manifest: AdapterManifest, on_done: OnDone[H]) -> None:
         """Have the adapter brought to host memory; `on_done(manifest, H or None, error or None, tier)` follows once.
 

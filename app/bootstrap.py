@@ -17,7 +17,7 @@ from adapters.disk_tier import DiskTier
 from adapters.door import check_adapter, check_base
 from adapters.errors import AdapterDigestMismatch
 from adapters.loader import AdapterLoader, LoaderLimits
-from adapters.lru import ByteLRU
+from adapters.lru import ByteLRU, Eviction
 from adapters.manifest import AdapterManifest, BaseModelSpec
 from adapters.store import BlobStore
 from adapters.weights import HostAdapter, load_host_adapter
@@ -143,6 +143,10 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         scratch=scratch,
         started_at=int(time.time()),
         forget_tenant=loader.forget_tenant,
+        tier_of=loader.tier_of,
+        forget_adapter=lambda adapter: loader.forget(
+            adapter.ref.key, Eviction.SUPERSEDED, files=(adapter.config, adapter.weights)
+        ),
         admin_key=settings.admin_key_text,
         metrics_open=settings.admin_port is not None or is_loopback(settings.host),
         admin_here=settings.admin_port is None,

@@ -54,19 +54,25 @@ def version_object(adapter: AdapterManifest, aliases: Mapping[str, int], residen
         "parent": adapter.parent,
         "job_id": adapter.job_id,
         "aliases": sorted(alias for alias, version in aliases.items() if version == adapter.version),
+        "tier": residency.tier(adapter),
         "resident": residency.is_resident(adapter),
         "pinned": residency.is_pinned(adapter),
     }
 
 
 class Residency:
-    """Which adapters the rank pool holds, as of one snapshot."""
+    """Where adapters lie: the rank pool as of one snapshot, the caches as of now."""
 
     def __init__(self, context: ApiContext) -> None:
         self._resident = {(held.tenant, held.digest): held for held in context.services.snapshot().resident}
+        self._tier_of = context.services.tier_of
 
     def is_resident(self, adapter: AdapterManifest) -> bool:
         return (adapter.tenant, adapter.digest) in self._resident
+
+    def tier(self, adapter: AdapterManifest) -> str:
+        """The nearest that holds its bytes: "pool", "host", "disk", or "s3", which is the store of whatever kind."""
+        return "pool" if self.is_resident(adapter) else self._tier_of(adapter)
 
     def is_pinned(self, adapter: AdapterManifest) -> bool:
         held = self._resident.get((adapter.tenant, adapter.digest))
@@ -89,3 +95,4 @@ async def delete_named(context: ApiContext, tenant: str, name: str, selector: st
         raise RequestInvalid("Name a version to delete, not an alias: an alias may move meanwhile.", param="model")
     for manifest in doomed:
         services.engine.unload((tenant, manifest.digest))  # rows are taken back when nobody leases them
+        await context.store(services.forget_adapter, manifest)

@@ -170,6 +170,8 @@ class Services:
     scratch: Path
     started_at: int  # Unix seconds
     forget_tenant: Callable[[str], None] = lambda tenant: None  # drops an erased tenant's adapters from the caches
+    tier_of: Callable[[AdapterManifest], str] = lambda adapter: "s3"  # the nearest cache below the rank pool
+    forget_adapter: Callable[[AdapterManifest], None] = lambda adapter: None  # drops a deleted version from the caches
     training: TrainingServices | None = None  # None: no routes for files, jobs and webhooks
     admin_key: str | None = None
     metrics_open: bool = True  # without a key: on loopback

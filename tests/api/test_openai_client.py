@@ -152,7 +152,7 @@ def test_adapter_answers_differently_from_the_base_and_says_whose_bytes(server: 
     assert server.openai().models.retrieve("support").adapter["digest"] == adapter
     assert [model.id for model in client.models.list()] == [BASE_NAME, "support"]
     shown = httpx.get(f"{server.url}/v1/adapters/support", headers={"authorization": f"Bearer {server.key}"}).json()
-    assert shown["versions"][0]["resident"] is True
+    assert [shown["versions"][0][key] for key in ("tier", "resident")] == ["pool", True]
 
 
 def test_same_seed_same_text_and_choices_differ(server: RealServer) -> None:

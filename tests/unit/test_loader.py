@@ -245,6 +245,17 @@ def test_what_is_in_the_host_tier_is_there_at_once(bench: Bench) -> None:
     assert sum(bench.store.calls.values()) == 2
 
 
+def test_the_nearest_tier_is_told_and_a_forgotten_adapter_is_in_none(bench: Bench) -> None:
+    loader, manifest, other = bench.loader(host_bytes=10), bench.publish(b"weights"), bench.publish(b"others", name="o")
+    assert loader.tier_of(manifest) == "s3"
+    ask(loader, manifest)
+    assert loader.tier_of(manifest) == "host"
+    ask(loader, other)
+    assert (loader.tier_of(manifest), loader.tier_of(other)) == ("disk", "host"), "there is room for one in memory"
+    loader.forget(other.ref.key, Eviction.SUPERSEDED, files=(other.config, other.weights))
+    assert loader.tier_of(other) == "s3"
+
+
 def test_answers_never_come_in_the_callers_thread(bench: Bench) -> None:
     loader, manifest, answers = bench.loader(), bench.publish(b"weights"), Answers()
     loader.want(manifest, answers)
