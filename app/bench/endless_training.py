@@ -42,6 +42,9 @@ class EndlessTraining:
     def quantum(self) -> None:
         next(self._quanta)
 
+    def leave(self) -> None:
+        self.is_on = False
+
     def _run(self) -> Iterator[None]:
         labels = sum(sequence.num_labels for sequence in self._sequences)
         keys = tuple(str(i) for i in range(len(self._sequences)))

@@ -72,6 +72,9 @@ class TrainingStepper(Protocol):
     def quantum(self) -> None:
         """Do one small piece: a layer forward or backward, an optimizer step. Never raises for a job's own faults."""
 
+    def leave(self) -> None:
+        """The process is to end: take nothing new, and give back at the next border what is at work. Any thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
@@ -228,8 +231,13 @@ class Engine:
         return self.call(lambda: self._residency.unload(key))
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait up to `timeout_s` for accepted ones to finish; True when all did."""
+        """Refuse new requests and wait up to `timeout_s` for accepted ones to finish; True when all did.
+
+        Training jobs are given back meanwhile.
+        """
         self._draining = True
+        if self.trainer is not None:
+            self.trainer.leave()
         until = self._clock() + timeout_s
         while (left := until - self._clock()) > 0 and self.is_running:
             try:
@@ -481,7 +489,7 @@ class Engine:
     # ---- training
 
     def _wants_training(self) -> bool:
-        return self.trainer is not None and not self._draining and self.trainer.has_work()
+        return self.trainer is not None and self.trainer.has_work()
 
     def _train(self) -> None:
         """Run training quanta: freely when idle, and beside decoding as far as the latency budget has credit.

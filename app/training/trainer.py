@@ -126,6 +126,11 @@ class Trainer:
         elif ready:
             self._begin(ready)
 
+    def leave(self) -> None:
+        """Claim nothing more, and interrupt each job at its next border: it writes its state and is given back."""
+        self._stop.set()
+        self._wake_up()
+
     def _turn(self, job: _Active) -> tuple[int, int]:
         """Tenants by what they got, then their jobs likewise."""
         return self._served[job.run.tenant], job.tokens

@@ -6,6 +6,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,28 @@ def test_listed_checkpoints_keep_their_files_and_dropped_ones_do_not(rig: Rig) -
     assert stored() == files | of_checkpoints | version.blobs
     rig.catalog.delete(job.tenant, job.adapter_name)
     assert stored() == files | of_checkpoints
+
+
+def test_draining_gives_jobs_back_while_answers_finish(base: BaseModel, tmp_path: Path) -> None:
+    rig = directory_rig(base, tmp_path)
+    rig.start()
+    try:
+        job = rig.create(FEW, hyperparameters=replace(LONGER, n_epochs=50))
+        rig.wait(job, until=lambda job: job.step >= 2)
+        sampler = GreedySampler(rig.engine, eos_ids=frozenset(), max_context=512)
+        answer = sampler.start("acme", None, [random_prompt(8, 290, 1)], max_tokens=480)
+        with ThreadPoolExecutor(1) as pool:
+            drained = pool.submit(rig.engine.drain, 60.0)
+            rig.wait(job, until=lambda job: job.worker is None)
+            assert not answer.done(), "the answer was to outlast the job"
+            assert drained.result()
+        assert rig.engine.is_running
+        assert len(answer.result(1)[0].tokens) == 480
+        given_back = rig.get(job)
+        assert given_back.status is JobStatus.QUEUED
+        assert given_back.state is not None
+    finally:
+        rig.close()
 
 
 # ---- neighbours
