@@ -151,6 +151,18 @@ class Rig:
         self.engine.start()
         self.trainer.start()
 
+    def start_with(self, count: int) -> None:
+        """Start, and let nobody train before `count` jobs are validated and claimed: they will meet."""
+        while self.fine_tuning.validate_next("validator"):
+            pass
+        self.engine.trainer = None
+        self.start()
+        deadline = time.monotonic() + 30
+        while self.trainer.num_active < count:
+            assert time.monotonic() < deadline, "not all were claimed"
+            time.sleep(0.01)
+        self.engine.call(lambda: setattr(self.engine, "trainer", self.trainer)).result(10)
+
     def close(self) -> None:
         self.engine.stop()
         self.trainer.close()

@@ -303,17 +303,17 @@ def test_jobs_that_share_micro_steps_end_as_they_would_alone(base: BaseModel, tm
     asked: dict[str, Any] = {"hyperparameters": LONGER, "lora": DROPOUT}
     rig = directory_rig(base, tmp_path, micro_batch_tokens=1024)
     jobs = [rig.create(rows[tenant], tenant=tenant, **asked) for tenant in rows]
-    rig.start()
+    rig.start_with(len(jobs))
     try:
         done = rig.wait(*jobs)
         assert [job.status for job in done] == [JobStatus.SUCCEEDED] * 2, [job.error for job in done]
-        assert rig.trainer.counters.num_joint_parts >= 2  # how often depends on when each was validated
+        assert rig.trainer.counters.num_joint_parts > 10
         together = [published(rig, job) for job in done]
     finally:
         rig.close()
     for (tenant, own), got in zip(rows.items(), together, strict=True):
         alone = uninterrupted(base, tmp_path / tenant, own, tenant=tenant, **asked)
-        assert_same(got, alone, 1e-4)
+        assert_same(got, alone, 1e-5)
 
 
 def test_base_answers_the_same_with_a_job_beside_it(rig: Rig) -> None:
@@ -547,9 +547,7 @@ def test_fault_in_a_shared_step_ends_only_the_job_that_has_it_alone_too(
     long = Hyperparameters(n_epochs=6, batch_size=4)
     loras = [LoraOptions(rank=4, alpha=alpha, dropout=0.0) for alpha in (8.0, 20.0)]
     jobs = [rig.create(FEW, hyperparameters=long, lora=lora) for lora in loras]
-    while rig.fine_tuning.validate_next("validator"):
-        pass
-    rig.start()
+    rig.start_with(len(jobs))
     try:
         good, failed = rig.wait(*jobs)
     finally:
