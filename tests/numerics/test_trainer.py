@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import app.training.trainer as trainer_module
 from adapters.errors import AdapterRankTooLarge, StoreUnavailable
-from adapters.manifest import AdapterManifest, blob_key
+from adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, blob_key
 from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel, load_base_model
 from app.training import job_thread
@@ -341,6 +341,28 @@ def test_gate_holds_back_what_learned_nothing(rig: Rig) -> None:
     assert done.adapter_version == 1
     assert rig.catalog.aliases(done.tenant, done.adapter_name) == {}
     assert any("was not moved" in message for message in rig.messages(done))
+
+
+@torch.inference_mode()
+def test_published_files_answer_in_peft_as_they_do_here(rig: Rig, base_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+
+        plain = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+        (job,) = rig.wait(rig.create(FEW, tenant="umbrella", hyperparameters=FAST))
+        assert job.status is JobStatus.SUCCEEDED, job.error
+        (manifest,) = rig.catalog.versions(job.tenant, job.adapter_name)
+        for name, fact in ((CONFIG_FILE, manifest.config), (WEIGHTS_FILE, manifest.weights)):
+            rig.store.download(blob_key(job.tenant, fact.sha256), tmp_path / name, max_bytes=fact.num_bytes)
+        theirs = PeftModel.from_pretrained(plain, tmp_path).eval()
+    prompt = random_prompt(20, 290, 5)
+    sampler = GreedySampler(rig.engine, eos_ids=frozenset(), max_context=512)
+    (ours,) = sampler.start(job.tenant, manifest, [prompt], max_tokens=16).result(30)
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(ours.tokens) == out[0, len(prompt) :].tolist()
 
 
 def test_worse_version_does_not_take_the_alias_from_a_better_one(rig: Rig) -> None:
