@@ -34,7 +34,10 @@ WORDS = ("money", "war", "friend")
 MODEL = "smollm2-135m-instruct"
 REPORT, PLOT = ROOT / "build" / "two_jobs.md", ROOT / "build" / "two_jobs.png"
 JOB_LIMIT_S = 1200
-DENSE_BASE_BYTES = 540 << 20  # of SmolLM2's linears and head in fp32: what one more copy of the base would take
+# Measured: 561 MiB. Two jobs' weights, gradients and moments take 150, the copies that go into durable states as much,
+# the head unpacked for a backward product 108; the rest are activations and what the allocator keeps (256 at most). One
+# more copy of the base would be 540 on top.
+MEMORY_BOUND = 800 << 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def test_two_jobs_learn_their_texts_beside_each_other(
     for tenant, outcome in outcomes.items():
         assert outcome.loss < 0.9 * outcome.base_loss, tenant
         assert all(mine != base for base, mine in outcome.answers.values()), tenant
-    assert grown < DENSE_BASE_BYTES, f"{grown >> 20} MiB: another copy of the base?"
+    assert grown < MEMORY_BOUND, f"{grown >> 20} MiB: another copy of the base?"
 
 
 def connect(server: ServerProcess, key: str) -> openai.OpenAI:
