@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     )
     max_prefill_tokens: Count | None = Field(
         None,
-        description="Of these, prompt tokens while most sequences generate; unset: 32 on a CPU, all on CUDA.",
+        description="Of these, tokens of each prompt while most sequences generate; unset: 32 on a CPU, all on CUDA.",
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         16, description="Tokens in a KV block; on CUDA in half precision always 256, the page of its kernel."

@@ -68,7 +68,7 @@ class SchedulerLimits:
     max_context: int  # tokens, prompt and answer together
     max_sequences: int = 32  # that run at once
     max_batch_tokens: int = 512  # computed in one step
-    max_prefill_tokens: int | None = None  # of these, of prompts, where most sequences decode; None: no such bound
+    max_prefill_tokens: int | None = None  # of these, of each prompt, where most sequences decode; None: no such bound
     max_waiting: int = 256  # requests, of all tenants
     max_adapter_wait_s: float = 3.0  # who has waited longer for rank rows makes rows fall free
 
@@ -85,7 +85,7 @@ class SchedulerLimits:
         """
         if self.max_prefill_tokens is None or num_decodes <= num_prefills:
             return self.max_batch_tokens
-        return min(self.max_batch_tokens, num_decodes + self.max_prefill_tokens)
+        return min(self.max_batch_tokens, num_decodes + self.max_prefill_tokens * num_prefills)
 
 
 class _Verdict(enum.Enum):

@@ -22,8 +22,8 @@ from app.engine.scheduler import Scheduler, SchedulerLimits
 CUDA_BLOCK = 256  # tokens; the paged kernel loads pages of this size
 KV_SHARE_OF_FREE = {"cuda": 0.8, "cpu": 0.15}  # of the memory that is free once the base and the pool are loaded
 MAX_CPU_KV_BYTES = 2 << 30
-# Prompt tokens that a step computes beside a majority that decodes. On two AVX2 cores each costs SmolLM2 2.7 ms, and a
-# decode step about 90 ms: 32 double it. On a GPU a step of 512 is hardly longer than one of 8.
+# Tokens of each prompt that a step computes beside a majority that decodes. On two AVX2 cores one costs SmolLM2 2.7 ms,
+# and a decode step about 90 ms: 32 double it. On a GPU a step of 512 is hardly longer than one of 8.
 MAX_PREFILL_TOKENS = {"cpu": 32, "cuda": None}
 
 
