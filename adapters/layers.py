@@ -174,7 +174,11 @@ class Run:
             out.addmm_(x @ a, b)
         else:
             each = (self.count, self.tokens, -1)
-            out.view(each).baddbmm_(torch.bmm(x.view(each), a), b)
+            h = torch.bmm(x.view(each), a)
+            if out.is_contiguous():
+                out.view(each).baddbmm_(h, b)
+            else:  # part of a wider product, where a batched product falls apart into single ones
+                out.add_(torch.bmm(h, b).view(out.shape))
 
 
 def _runs(segments: Iterable[Segment]) -> tuple[Run, ...]:
