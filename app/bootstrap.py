@@ -107,7 +107,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         raise BaseModelUnsupported(f"the tokenizer has {given} tokens and the model's embedding {known}")
     scratch = _directory(data_dir / "scratch")
     parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
-    training = build_training(parts, trains=settings.training == "auto")
+    training = build_training(parts, trains=settings.training == "auto", serves=True)
     metrics = Metrics(
         model_name=base.spec.id,
         snapshot=view,

@@ -72,7 +72,7 @@ def build_worker(settings: Settings) -> Worker:
     scratch = settings.data_dir / "scratch"
     limits = door_limits(settings)
     parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
-    return Worker(parts, engine, build_training(parts, trains=True), loader, disk)
+    return Worker(parts, engine, build_training(parts, trains=True, serves=False), loader, disk)
 
 
 def run_worker(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> int:

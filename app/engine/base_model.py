@@ -229,22 +229,23 @@ def _freeze_for_cpu(model: Any) -> None:
     On a CPU the dense product is faster than unpacking 4-bit values from two tokens on, and bitsandbytes' fused kernel
     would repack the weight in place at the first call, after which autograd through it is silently wrong.
     """
+    embeddings = model.get_input_embeddings().weight
     for parent in list(model.modules()):
         children = dict(parent.named_children())
         for leaves in ONE_INPUT:
             if all(leaf in children for leaf in leaves):
-                frozen = freeze([_weight_of(children[leaf]) for leaf in leaves])
+                frozen = freeze([_weight_of(children[leaf], embeddings) for leaf in leaves])
                 for leaf, linear in zip(leaves, frozen, strict=True):
                     setattr(parent, leaf, linear)
 
 
-def _weight_of(linear: nn.Module) -> Weight:
+def _weight_of(linear: nn.Module, embeddings: Tensor) -> Weight:
     import bitsandbytes as bnb
 
     weight: Any = linear.weight
     bias: Tensor | None = linear.bias  # type: ignore[assignment]
     if not _is_4bit(linear):
-        return Weight(weight.data, bias)
+        return Weight(weight.data, bias, is_tied=weight.data_ptr() == embeddings.data_ptr())
     return Weight(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), bias, weight)
 
 

@@ -141,23 +141,19 @@ class TrainingPlan:
         self._with_dropout = with_dropout
 
     def apply(self, linear: int, x: Tensor, y: Tensor) -> Tensor:
-        added = [self._delta(part, linear, x[part.first : part.last]) for part in self._parts]
-        if all(delta is None for delta in added):
-            return y
-        rows = [
-            y[part.first : part.last] if delta is None else y[part.first : part.last] + delta
-            for part, delta in zip(self._parts, added, strict=True)
-        ]
+        rows = [self._added(part, linear, x[part.first : part.last], y[part.first : part.last]) for part in self._parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _delta(self, part: PlanPart, linear: int, x: Tensor) -> Tensor | None:
+    def _added(self, part: PlanPart, linear: int, x: Tensor, y: Tensor) -> Tensor:
+        """y + scaling * (x A^T) B^T, or y itself where the adapter leaves this linear alone."""
         pair = part.adapter.pairs.get(linear)
         if pair is None:
-            return None
+            return y
         if self._with_dropout and part.adapter.dropout > 0:
             x = x * self._mask(part, linear, x)
-        h = x @ pair.a.t().to(x.dtype)
-        return (h @ pair.b.t().to(x.dtype)) * part.adapter.scaling
+        h = x.flatten(0, 1) @ pair.a.t().to(x.dtype)
+        out = torch.addmm(y.flatten(0, 1), h, pair.b.t().to(x.dtype), alpha=part.adapter.scaling)
+        return out.view(y.shape)
 
     def _mask(self, part: PlanPart, linear: int, x: Tensor) -> Tensor:
         """The rows' dropout mask, scaled.

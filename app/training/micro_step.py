@@ -170,9 +170,8 @@ class _ReferencePlan(TrainingPlan):
 
     def apply(self, linear: int, x: Tensor, y: Tensor) -> Tensor:
         for part in self._parts:
-            delta = self._delta(part, linear, x[part.first : part.last])
-            if delta is not None:
-                y[part.first : part.last] += delta
+            own = slice(part.first, part.last)
+            y[own] = self._added(part, linear, x[own], y[own])
         return y
 
 
