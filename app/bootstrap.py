@@ -196,6 +196,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         kv_cache_bytes=settings.kv_cache_bytes,
         prefix_caching=settings.prefix_caching,
         latency_factor=settings.training_latency_factor,
+        training_share=settings.training_share,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -35,27 +36,33 @@ class CoservingSystem(EngineSystem):
 
     def train_idle(self, seconds: float) -> float:
         """Tokens a second of the engine that serves nobody."""
-        before, began = self._switch(True), time.monotonic()
+        began = self._mark(True)
         time.sleep(seconds)
-        took = time.monotonic() - began
-        return (self._switch(False) - before) / took
+        ended = self._mark(False)
+        return (ended[1] - began[1]) / (ended[0] - began[0])
 
     def serve(
         self, jobs: Sequence[Job], concurrency: int, arrivals: Sequence[Extra], is_training: bool, seconds: float
     ) -> Window:
         """Answer what comes by the arrivals' times; without any, a closed loop of jobs for so many seconds."""
-        before = self._switch(is_training)
+        marks: list[tuple[float, float]] = []
+        at_the_end = threading.Timer(seconds, lambda: marks.append(self._mark()))
+        began = self._mark(is_training)
+        at_the_end.start()
         try:
             trace = self._drive(iter(()), 0, arrivals) if arrivals else self.window(jobs, concurrency, seconds, ())
         finally:
-            after = self._switch(False)
-        return Window(trace, after - before)
+            at_the_end.join()
+            self._mark(False)
+        (ended,) = marks
+        return Window(trace, (ended[1] - began[1]) / (ended[0] - began[0]))
 
-    def _switch(self, is_on: bool) -> int:
-        """Turn training on or off between two steps; returns the tokens trained until now."""
+    def _mark(self, switch: bool | None = None) -> tuple[float, float]:
+        """The time, and the tokens trained until now, read between two steps; may turn training on or off there."""
 
-        def turn() -> int:
-            self._training.is_on = is_on
-            return self._training.num_tokens
+        def turn() -> tuple[float, float]:
+            if switch is not None:
+                self._training.is_on = switch
+            return time.monotonic(), self._training.num_tokens
 
-        return int(self.engine.call(turn).result())
+        return self.engine.call(turn).result()

@@ -28,19 +28,29 @@ class EndlessTraining:
 
     def __init__(self, base: BaseModel, spec: WorkloadSpec, *, micro_batch_tokens: int) -> None:
         self.is_on = False
-        self.num_tokens = 0  # trained since the beginning; only grows
+        self._num_tokens = 0  # of whole micro-steps
+        self._quanta_done, self._quanta_per_step = 0, 0
         self._base = base
         self._adapter = _new_adapter(base, spec)
         rates = RateSchedule("constant", LEARNING_RATE, 0, TOTAL_STEPS)
         self._optimizer = AdapterOptimizer(self._adapter, rates, max_grad_norm=1.0)
         self._sequences = _random_examples(base, max(1, micro_batch_tokens // EXAMPLE_TOKENS), spec.seed)
+        self._tokens_per_step = sum(len(sequence.ids) for sequence in self._sequences)
         self._quanta = self._run()
+
+    @property
+    def num_tokens(self) -> float:
+        """Trained since the beginning; a micro-step under way counts by the share of its quanta that are done."""
+        if not self._quanta_per_step:
+            return 0.0
+        return self._num_tokens + self._tokens_per_step * min(self._quanta_done / self._quanta_per_step, 1.0)
 
     def has_work(self) -> bool:
         return self.is_on
 
     def quantum(self) -> None:
         next(self._quanta)
+        self._quanta_done += 1
 
     def leave(self) -> None:
         self.is_on = False
@@ -48,11 +58,11 @@ class EndlessTraining:
     def _run(self) -> Iterator[None]:
         labels = sum(sequence.num_labels for sequence in self._sequences)
         keys = tuple(str(i) for i in range(len(self._sequences)))
-        tokens = sum(len(sequence.ids) for sequence in self._sequences)
         for step in range(TOTAL_STEPS):
             yield from micro_step(self._base, [Part(self._adapter, self._sequences, 1 / labels, keys)])
             self._optimizer.step(step)
-            self.num_tokens += tokens
+            self._num_tokens += self._tokens_per_step
+            self._quanta_per_step, self._quanta_done = self._quanta_done + 1, -1  # this one is yet to be counted
             yield
 
 

@@ -41,6 +41,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None  # None: a share of what is free
     prefix_caching: bool = True
     latency_factor: float = 1.5
+    training_share: float = 0.5
     placements_per_step: int = 2
 
 
@@ -89,6 +90,7 @@ def assemble_engine(
         make_scheduler=lambda residency: Scheduler(kv, residency, limits, share_of),
         runner=ModelRunner(base, kv_pool, tensors, Sampler(shapes.vocab_size, base.device)),
         latency_factor=config.latency_factor,
+        training_share=config.training_share,
     )
 
 

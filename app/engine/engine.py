@@ -42,6 +42,7 @@ from app.engine.sequence import (
 )
 from app.engine.snapshot import EngineSnapshot, StepCounters
 from app.engine.stopping import finish_reason_after
+from app.engine.training_budget import TrainingBudget
 from app.errors import (
     DeadlineExceeded,
     EngineNotReady,
@@ -110,6 +111,7 @@ class Engine:
         make_scheduler: Callable[[Residency], Scheduler],
         runner: ModelRunner,
         latency_factor: float = 1.5,
+        training_share: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | Arrival] = queue.SimpleQueue()
@@ -118,7 +120,6 @@ class Engine:
         self._scheduler = make_scheduler(self._residency)
         self._runner = runner
         self._clock = clock
-        self._latency_factor = latency_factor
         self.trainer: TrainingStepper | None = None
         # OpenMP keeps a team a thread, and once teams outnumber the cores it sleeps at every barrier: a step took three
         # times as long. So whoever builds the engine stays at one thread, and this is the engine thread's own number.
@@ -134,8 +135,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._failures_in_a_row = 0
         self._last_snapshot = 0.0
-        self._training_credit_s = 0.0
-        self._quantum_s = 0.0
+        self._budget = TrainingBudget(latency_factor, training_share)
         self.counters = StepCounters()
         self.heartbeat = clock()
         self.snapshot = self._take_snapshot()
@@ -323,11 +323,14 @@ class Engine:
         self._residency.keep_parked(self._scheduler.waiting_keys)
         for sequence in self._scheduler.expire(now):
             self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
-        batch = self._scheduler.schedule(now)
+        # After training, those who decode go first: their gap has been filled, and a prompt would come on top of it.
+        batch = self._scheduler.schedule(now, decodes_only=self._budget.is_spent)
         self._emit_admissions()
         has_run = bool(batch.chunks) and self._run_and_commit(batch)
         if has_run:
-            self.counters.observe(batch, self._clock() - now)
+            took = self._clock() - now
+            self.counters.observe(batch, took)
+            self._budget.stepped(took, has_prefill=batch.has_prefill)
         self._flush()
         if now - self._last_snapshot > SNAPSHOT_EVERY_S or not self._scheduler.has_work:
             self.snapshot = self._take_snapshot()
@@ -492,27 +495,25 @@ class Engine:
         return self.trainer is not None and self.trainer.has_work()
 
     def _train(self) -> None:
-        """Run training quanta: freely when idle, and beside decoding as far as the latency budget has credit.
+        """Run training quanta: one at a time when idle, and beside decoding as many as the latency budget has room for.
 
-        A step that took s seconds earns (latency_factor - 1) * s of training time.
+        What arrives meanwhile waits for one quantum at most.
         """
-        if not self._wants_training():
-            self._training_credit_s = 0.0
-            return
-        assert self.trainer is not None
-        if self._scheduler.has_running:
-            self._training_credit_s += (self._latency_factor - 1) * self.counters.last_step_s
-            if self._training_credit_s < self._quantum_s:
+        while self._wants_training() and self._may_train():
+            assert self.trainer is not None
+            started = self._clock()
+            try:
+                self.trainer.quantum()
+            except Exception:  # a job's faults end in the trainer; this is its own, and serving goes on without it
+                logger.critical("training stopped", extra={"action": "trainer_failed"}, exc_info=True)
+                self.trainer = None
+            self._budget.trained(self._clock() - started)
+            if not self._scheduler.has_running or not self._inbox.empty():
                 return
-        started = self._clock()
-        try:
-            self.trainer.quantum()
-        except Exception:  # a job's faults end in the trainer; this is its own, and serving goes on without it
-            logger.critical("training stopped", extra={"action": "trainer_failed"}, exc_info=True)
-            self.trainer = None
-        took = self._clock() - started
-        self._quantum_s = took if not self._quantum_s else 0.8 * self._quantum_s + 0.2 * took
-        self._training_credit_s = min(max(self._training_credit_s - took, -took), took)
+
+    def _may_train(self) -> bool:
+        scheduler = self._scheduler
+        return not scheduler.has_running or self._budget.allows(prompt_waits=scheduler.has_unread_prompts)
 
     # ---- views
 

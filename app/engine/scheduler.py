@@ -125,13 +125,13 @@ class Scheduler:
         """Queue a sequence whose request passed the checks above."""
         self._queues.append(seq)
 
-    def schedule(self, now: float) -> Batch:
-        """Choose the next step. `now`: time.monotonic()."""
+    def schedule(self, now: float, *, decodes_only: bool = False) -> Batch:
+        """Choose the next step. `now`: time.monotonic(). `decodes_only`: read no prompts if any sequence decodes."""
         # Blocks that a preemption made free are for those who run: newcomers would only cause the next one.
         if not self._secure_blocks():
             # Into our own lists, so that a walk that ends in an exception loses nobody.
             self._admission.run(now, self._share_of, admitted=self._admitted, failed=self._failed)
-        return Batch(self._chunks())
+        return Batch(self._chunks(decodes_only=decodes_only))
 
     def take_admitted(self) -> list[Sequence]:
         """Those that began to run since the last call, for the first time each."""
@@ -209,6 +209,12 @@ class Scheduler:
     def has_running(self) -> bool:
         return len(self._running) > 0
 
+    @property
+    def has_unread_prompts(self) -> bool:
+        """True when somebody waits for a first token that computing brings nearer: not for an adapter to arrive."""
+        reading = any(seq.num_uncomputed > 1 for seq in self._running)
+        return reading or any(seq.phase is Phase.WAITING for seq in self._queues)
+
     def sequences(self) -> Iterator[Sequence]:
         """All that have not ended, running ones first."""
         yield from self._running
@@ -285,9 +291,11 @@ class Scheduler:
         self._running.remove(seq)
         self._admission.vacate(seq)
 
-    def _chunks(self) -> tuple[Chunk, ...]:
+    def _chunks(self, *, decodes_only: bool) -> tuple[Chunk, ...]:
         """One token for each decode; the prefills share the rest evenly, and long ones get what short ones leave."""
         chunks = [Chunk(seq, seq.num_computed, 1) for seq in self._running if seq.num_uncomputed == 1]
+        if decodes_only and chunks:
+            return tuple(chunks)
         prefills = sorted((s for s in self._running if s.num_uncomputed > 1), key=lambda s: s.num_uncomputed)
         step_tokens = self.limits.step_tokens(len(chunks), len(prefills) + self._queues.num_waiting)
         budget = max(step_tokens - len(chunks), len(prefills))  # nobody stands still

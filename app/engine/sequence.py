@@ -191,9 +191,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step runs: chunks, long prefills first, then the rest ordered by adapter (the base's own last)."""
+    """What one step runs."""
 
     chunks: tuple[Chunk, ...]
+
+    @property
+    def has_prefill(self) -> bool:
+        return any(chunk.count > 1 for chunk in self.chunks)
 
     @property
     def num_tokens(self) -> int:

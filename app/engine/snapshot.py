@@ -68,7 +68,6 @@ class StepCounters:
     decode_tokens: int = 0
     out_of_memory: int = 0
     non_finite: int = 0
-    last_step_s: float = 0.0
     _prefill: HistogramBuilder = field(default_factory=lambda: HistogramBuilder(STEP_BUCKETS_S))
     _decode: HistogramBuilder = field(default_factory=lambda: HistogramBuilder(STEP_BUCKETS_S))
     _rows: HistogramBuilder = field(default_factory=lambda: HistogramBuilder(SIZE_BUCKETS))
@@ -77,7 +76,6 @@ class StepCounters:
     def observe(self, batch: Batch, seconds: float) -> None:
         prefill = sum(chunk.count for chunk in batch.chunks if chunk.count > 1)
         self.steps += 1
-        self.last_step_s = seconds
         self.prefill_tokens += prefill
         self.decode_tokens += batch.num_tokens - prefill
         (self._prefill if prefill else self._decode).observe(seconds)

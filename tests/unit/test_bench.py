@@ -257,9 +257,9 @@ def test_loads_below_one_come_at_random_moments_and_training_takes_turns() -> No
         _, _, arrivals, is_training, _ = args
         served.append((bool(arrivals), is_training))
         if len(served) == 1:
-            return Window(RoundTrace(0.02, (trace(0, 1.0, 1.01),)), 0)  # 100 tokens/s
+            return Window(RoundTrace(0.02, (trace(0, 1.0, 1.01),)), 0.0)  # 100 tokens/s
         found = RoundTrace(10.0, (trace(0, 1.0, 1.02 if is_training else 1.01),))
-        return Window(found, 250 if is_training else 0)
+        return Window(found, 25.0 if is_training else 0.0)
 
     result = measure_coserving(spec, VOCAB, call)
     assert [point.load for point in result.points] == list(LOADS)

@@ -40,7 +40,9 @@ TORCH_FREE = [
         "module_plan", "peft_config", "publish", "rank_pool", "refusals", "s3", "safetensors_header", "store",
         "strict_json", "tensor_scan",
     )),
-    *(f"app/engine/{name}.py" for name in ("base_files", "fairness", "kv_cache", "scheduler", "sequence")),
+    *(f"app/engine/{name}.py" for name in (
+        "base_files", "fairness", "kv_cache", "scheduler", "sequence", "training_budget",
+    )),
     *(f"app/{name}.py" for name in (
         "api_keys", "database", "errors", "machine", "rate_limits", "settings", "settings_sources", "storage",
         "tenants", "ttl_cache",

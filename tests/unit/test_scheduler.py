@@ -421,6 +421,31 @@ def test_a_prompt_is_cut_small_where_most_decode_and_not_where_most_wait():
     assert {c.sequence.id for c in batch.chunks} >= {late.id, others[0].id}
 
 
+def test_a_step_of_decodes_only_reads_no_prompt_unless_nobody_decodes():
+    rig = Rig(max_batch_tokens=64)
+    first = rig.add(max_tokens=9)
+    assert [c.sequence for c in rig.scheduler.schedule(rig.now, decodes_only=True).chunks] == [first]
+    rig.step()
+    late = rig.add()
+    assert [c.sequence for c in rig.scheduler.schedule(rig.now, decodes_only=True).chunks] == [first]
+    assert rig.scheduler.has_unread_prompts
+    assert late in {chunk.sequence for chunk in rig.step().chunks}
+    assert not rig.scheduler.has_unread_prompts
+    rig.run()
+
+
+def test_who_waits_for_a_place_has_an_unread_prompt_and_who_waits_for_an_adapter_has_not():
+    rig = Rig(rows=Rows(8, fetch_s=20.0), max_sequences=1)
+    rig.add(adapter="cold")
+    rig.add(max_tokens=3)
+    rig.step()
+    assert not rig.scheduler.has_unread_prompts
+    rig.add()
+    rig.step()
+    assert rig.scheduler.has_unread_prompts
+    rig.run()
+
+
 # Fairness.
 
 

@@ -1,0 +1,64 @@
+"""How much training may stand between two steps of serving. No torch and no clock: seconds come from the caller.
+
+Between two tokens of a running request lie the training after one step and the next step itself. Steps differ: one that
+takes a prompt in lasts longer than one that only decodes. So the budget fills the gaps before decodes, up to
+`latency_factor` times what one step in twenty takes: the 95th percentile of inter-token latency grows by about that
+factor at most, and the quick steps pay for the training rather than the slow ones. `share` bounds what it costs in
+throughput and in the median.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+STEPS = 256  # remembered: half a minute on a CPU, seconds on a GPU
+QUANTA = 4  # remembered: the next one is expected to take as long as the longest of them
+# Where no quantum fits, so many steps earn one anyway: training goes on, and the 95th percentile does not see it.
+STEPS_PER_LATE_QUANTUM = 32
+
+
+class TrainingBudget:
+    """Decides from how long serving steps and training quanta took lately. Engine thread only."""
+
+    def __init__(self, latency_factor: float, share: float) -> None:
+        """`share`: of the time while requests run, at most this much is training's."""
+        self._factor = latency_factor
+        self._per_step = share / (1 - share)
+        self._steps: deque[float] = deque(maxlen=STEPS)
+        self._quanta: deque[float] = deque(maxlen=QUANTA)
+        self._decode_s = 0.0
+        self._slow_s = 0.0
+        self._spent_s = 0.0
+        self._is_refused = False  # in this gap
+        self._steps_refused = 0  # in a row
+
+    @property
+    def is_spent(self) -> bool:
+        """True when training stood in the gap before the step that comes now."""
+        return self._spent_s > 0
+
+    def stepped(self, seconds: float, *, has_prefill: bool) -> None:
+        """A step of serving took so long; the gap that follows it begins."""
+        self._steps.append(seconds)
+        self._slow_s = sorted(self._steps)[(len(self._steps) - 1) * 19 // 20]
+        if not has_prefill:
+            self._decode_s = seconds if not self._decode_s else 0.8 * self._decode_s + 0.2 * seconds
+        self._steps_refused = self._steps_refused + 1 if self._is_refused and not self.is_spent else 0
+        self._spent_s, self._is_refused = 0.0, False
+
+    def trained(self, seconds: float) -> None:
+        """A quantum took so long."""
+        self._quanta.append(seconds)
+        self._spent_s += seconds
+
+    def allows(self, *, prompt_waits: bool) -> bool:
+        """True when one more quantum and then a decode fit into this gap. Who waits for a first token goes first."""
+        is_late = self._steps_refused >= STEPS_PER_LATE_QUANTUM and not self.is_spent
+        allowed = is_late or (not prompt_waits and self._fits())
+        self._is_refused |= not allowed
+        return allowed
+
+    def _fits(self) -> bool:
+        training_s = self._spent_s + max(self._quanta, default=0.0)
+        is_in_share = training_s <= self._per_step * self._decode_s
+        return is_in_share and training_s + self._decode_s <= self._factor * self._slow_s

@@ -1,0 +1,101 @@
+"""The training budget: how much fits between two steps of serving."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from app.engine.training_budget import STEPS_PER_LATE_QUANTUM, TrainingBudget
+
+DECODE, PREFILL = 0.1, 0.2
+
+
+def fill(budget: TrainingBudget, quantum_s: float, *, prompt_waits: bool = False) -> float:
+    """Train as the engine does until the budget says no; the seconds that took."""
+    spent = 0.0
+    while budget.allows(prompt_waits=prompt_waits):
+        budget.trained(quantum_s)
+        spent += quantum_s
+    return spent
+
+
+def served(budget: TrainingBudget, steps: int = 100, *, prefill_share: float = 0.1) -> TrainingBudget:
+    """After steps of which that share took a prompt in."""
+    every = round(1 / prefill_share) if prefill_share else steps + 1
+    for number in range(steps):
+        is_prefill = number % every == every - 1
+        budget.stepped(PREFILL if is_prefill else DECODE, has_prefill=is_prefill)
+    budget.stepped(DECODE, has_prefill=False)
+    return budget
+
+
+def test_the_gap_before_a_decode_is_filled_up_to_the_factor_of_a_slow_step():
+    budget = served(TrainingBudget(1.2, share=0.9))
+    assert fill(budget, 0.01) == pytest.approx(1.2 * PREFILL - DECODE, abs=0.011)
+
+
+def test_training_takes_no_more_than_its_share():
+    assert fill(served(TrainingBudget(10.0, share=0.5)), 0.01) == pytest.approx(DECODE, abs=0.011)
+    assert fill(served(TrainingBudget(10.0, share=0.25)), 0.01) == pytest.approx(DECODE / 3, abs=0.011)
+
+
+def test_where_all_steps_are_alike_the_factor_is_over_those():
+    assert fill(served(TrainingBudget(1.5, share=0.9), prefill_share=0), 0.01) == pytest.approx(DECODE / 2, abs=0.011)
+
+
+def test_what_does_not_fit_is_not_begun():
+    budget = served(TrainingBudget(1.5, share=0.5))
+    budget.trained(0.01)
+    budget.trained(0.15)  # the next is expected to be as long
+    budget.stepped(DECODE, has_prefill=False)
+    assert not budget.allows(prompt_waits=False)
+
+
+def test_nobody_who_waits_for_a_first_token_waits_for_training():
+    assert fill(served(TrainingBudget(1.5, share=0.5)), 0.01, prompt_waits=True) == 0
+
+
+@pytest.mark.parametrize("prompt_waits", [False, True])
+def test_training_that_never_fits_gets_one_quantum_now_and_then(prompt_waits: bool):
+    budget = served(TrainingBudget(1.5, share=0.5))
+    budget.trained(1.0)
+    gaps = []
+    for _ in range(10 * STEPS_PER_LATE_QUANTUM):
+        budget.stepped(DECODE, has_prefill=False)
+        gaps.append(fill(budget, 1.0, prompt_waits=prompt_waits))
+    late = [number for number, spent in enumerate(gaps) if spent]
+    assert set(gaps) == {0.0, 1.0}
+    assert {b - a for a, b in itertools.pairwise(late)} == {STEPS_PER_LATE_QUANTUM + 1}
+
+
+def test_is_spent_from_the_first_quantum_to_the_next_step():
+    budget = served(TrainingBudget(1.5, share=0.5))
+    assert not budget.is_spent
+    budget.trained(0.01)
+    assert budget.is_spent
+    budget.stepped(DECODE, has_prefill=False)
+    assert not budget.is_spent
+
+
+def test_p95_of_the_gaps_stays_within_the_factor_under_random_arrivals():
+    """Prompts come at random, are taken in by two slow steps, and steps vary; on a fake clock."""
+    rng, factor = random.Random(0), 1.5
+    budget = TrainingBudget(factor, share=0.5)
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    trained = 0.0
+    for is_training in (False, True):
+        chunks_due = 0
+        for _ in range(4000):
+            spent = fill(budget, rng.uniform(0.01, 0.03), prompt_waits=chunks_due > 0) if is_training else 0.0
+            trained += spent
+            # A prompt that comes after training waits for one decode, as the scheduler lets it.
+            reads = chunks_due > 0
+            chunks_due = chunks_due - 1 if reads else 2 if rng.random() < 0.05 else 0
+            step = rng.uniform(0.9, 1.1) * (PREFILL if reads else DECODE)
+            budget.stepped(step, has_prefill=reads)
+            gaps[is_training].append(spent + step)
+    p95 = {kind: sorted(values)[len(values) * 95 // 100] for kind, values in gaps.items()}
+    assert p95[True] <= factor * p95[False]
+    assert trained > 0.35 * sum(gaps[True])
