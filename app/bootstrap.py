@@ -33,6 +33,7 @@ from app.logs import configure_logging
 from app.machine import is_loopback, keep_freed_memory
 from app.metrics import Metrics
 from app.rate_limits import RateLimiter
+from app.scratch import Scratch
 from app.server import run_server
 from app.serving_view import LoadTimes, ServingView
 from app.settings import Settings
@@ -56,12 +57,14 @@ class Server:
     catalog: AdapterCatalog
     services: Services
     training: TrainingSide
+    scratch: Scratch
 
     def close(self) -> None:
         self.engine.stop()
         self.training.close()
         self.loader.close()
         self.disk.close()
+        self.scratch.close()
 
 
 class Draining:
@@ -91,7 +94,8 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     disk = DiskTier(data_dir / "adapters", settings.disk_cache_bytes)
     loader = make_loader(settings, base, store, disk, load_times.observe)
     check = functools.partial(check_adapter, base=base.spec, limits=limits)
-    catalog = open_catalog(settings, store, base.spec)
+    scratch = Scratch(data_dir / "scratch")
+    catalog = open_catalog(settings, store, base.spec, scratch.path)
     engine = assemble_engine(base, loader, engine_config(settings), shares)
     view = ServingView(
         engine,
@@ -105,8 +109,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     if len(renderer.tokens) > base.shapes.vocab_size:
         known, given = base.shapes.vocab_size, len(renderer.tokens)
         raise BaseModelUnsupported(f"the tokenizer has {given} tokens and the model's embedding {known}")
-    scratch = _directory(data_dir / "scratch")
-    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
+    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch.path)
     training = build_training(parts, trains=settings.training == "auto", serves=True)
     metrics = Metrics(
         model_name=base.spec.id,
@@ -140,7 +143,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         ),
         metrics=metrics,
         snapshot=view,
-        scratch=scratch,
+        scratch=scratch.path,
         started_at=int(time.time()),
         forget_tenant=loader.forget_tenant,
         tier_of=loader.tier_of,
@@ -155,7 +158,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
     engine.threads = settings.threads
     engine.start()
     training.start()
-    return Server(settings, base, engine, loader, disk, catalog, services, training)
+    return Server(settings, base, engine, loader, disk, catalog, services, training, scratch)
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None] | None = None) -> int:
@@ -241,22 +244,17 @@ def adapter_parser(base: BaseModel, limits: DoorLimits) -> Callable[[AdapterMani
     return parse
 
 
-def open_catalog(settings: Settings, store: object, base: BaseModelSpec) -> AdapterCatalog:
+def open_catalog(settings: Settings, store: object, base: BaseModelSpec, scratch: Path) -> AdapterCatalog:
     limits = door_limits(settings)
     return AdapterCatalog(
         store,  # type: ignore[arg-type]
         base,
         limits,
         check=check_adapter,
-        scratch=_directory(settings.data_dir / "scratch"),
+        scratch=scratch,
         pointer_ttl_s=settings.pointer_ttl_s,
         stale_ttl_s=settings.stale_ttl_s,
     )
-
-
-def _directory(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 class _Later:

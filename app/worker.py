@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from app.engine.base_model import use_threads
 from app.engine.engine import Engine
 from app.logs import configure_logging
 from app.machine import keep_freed_memory
+from app.scratch import Scratch
 from app.settings import Settings
 from app.storage import door_limits, open_store
 from app.training_side import Parts, TrainingSide, build_training
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_SEQUENCES = 8
 KV_CACHE_BYTES = 256 << 20
 ALIVE_EVERY_S = 1.0
+STUCK_S = 600.0
 EXIT_FAILED = 1
 
 
@@ -42,16 +46,23 @@ class Worker:
     training: TrainingSide
     loader: AdapterLoader[HostAdapter]
     disk: DiskTier
+    scratch: Scratch
 
     def start(self) -> None:
         self.engine.start()
         self.training.start()
+
+    @property
+    def is_stuck(self) -> bool:
+        """True when the engine has not turned for far longer than any quantum takes."""
+        return time.monotonic() - self.engine.heartbeat > STUCK_S
 
     def close(self) -> None:
         self.engine.stop()
         self.training.close()
         self.loader.close()
         self.disk.close()
+        self.scratch.close()
 
 
 def build_worker(settings: Settings) -> Worker:
@@ -64,15 +75,15 @@ def build_worker(settings: Settings) -> Worker:
     store = open_store(settings)
     disk = DiskTier(settings.data_dir / "adapters", settings.disk_cache_bytes)
     loader = make_loader(settings, base, store, disk)
-    catalog = open_catalog(settings, store, base.spec)
+    scratch = Scratch(settings.data_dir / "scratch")
+    catalog = open_catalog(settings, store, base.spec, scratch.path)
     config = replace(engine_config(settings), max_sequences=MAX_SEQUENCES, kv_cache_bytes=KV_CACHE_BYTES)
     engine = assemble_engine(base, loader, config)
     engine.threads = settings.threads
     renderer = Renderer.load(base.directory, max_context=base.shapes.max_context)
-    scratch = settings.data_dir / "scratch"
     limits = door_limits(settings)
-    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch)
-    return Worker(parts, engine, build_training(parts, trains=True, serves=False), loader, disk)
+    parts = Parts(settings, base, engine, loader, catalog, store, database, renderer, limits, scratch.path)
+    return Worker(parts, engine, build_training(parts, trains=True, serves=False), loader, disk, scratch)
 
 
 def run_worker(settings: Settings, on_ready: Callable[[], None] = lambda: None) -> int:
@@ -86,7 +97,10 @@ def run_worker(settings: Settings, on_ready: Callable[[], None] = lambda: None) 
         on_ready()
         try:
             while worker.engine.is_running and not stop.wait(ALIVE_EVERY_S):
-                pass
+                if worker.is_stuck:
+                    # Its thread cannot be taken over, so nothing can be saved: the leases run out, and others go on.
+                    logger.critical("engine is stuck", extra={"action": "engine_stuck"})
+                    os._exit(EXIT_FAILED)
             return 0 if stop.is_set() else EXIT_FAILED
         finally:
             worker.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import TYPE_CHECKING
 
 from adapters.manifest import BaseModelSpec
+from app.scratch import Scratch
 from app.settings import Settings
 from app.settings_sources import ConfigurationError
 
@@ -40,6 +42,6 @@ def open_catalog(settings: Settings, base: BaseModelSpec) -> AdapterCatalog:
     from adapters.door import check_adapter
     from app.storage import door_limits, open_store
 
-    scratch = settings.data_dir / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    return AdapterCatalog(open_store(settings), base, door_limits(settings), check=check_adapter, scratch=scratch)
+    scratch = Scratch(settings.data_dir / "scratch")
+    atexit.register(scratch.close)
+    return AdapterCatalog(open_store(settings), base, door_limits(settings), check=check_adapter, scratch=scratch.path)
