@@ -29,6 +29,7 @@ from app.database import migrate, open_database
 from app.engine.assembly import EngineConfig, assemble_engine
 from app.engine.base_model import BaseModel, BaseModelUnsupported, load_base_model, use_threads
 from app.engine.engine import Engine
+from app.idempotency import IdempotencyKeys
 from app.logs import configure_logging
 from app.machine import is_loopback, keep_freed_memory
 from app.metrics import Metrics
@@ -130,6 +131,7 @@ def build_server(settings: Settings, draining: Draining) -> Server:
         catalog=catalog,
         tenants=tenants,
         rates=RateLimiter(),
+        idempotency=IdempotencyKeys(database),
         check_adapter=lambda config, weights: check(config, weights),
         base=base.spec,
         limits=ApiLimits(

@@ -2,6 +2,7 @@
 
 LodgerError                     code, param; docstring = default message = what to do next
 ├── RequestInvalid              the client's request can never work as it is
+│   ├── CallInProgress
 │   ├── ContextLengthExceeded
 │   ├── ModelNotFound
 │   ├── UnknownParameter
@@ -39,6 +40,12 @@ class RequestInvalid(LodgerError):
     """The request cannot be served as it is; `param` names the field to change."""
 
     code = "invalid_value"
+
+
+class CallInProgress(RequestInvalid):
+    """The first call with this Idempotency-Key is still at work. Repeat this one shortly to get its answer."""
+
+    code = "idempotency_in_progress"
 
 
 class ContextLengthExceeded(RequestInvalid):

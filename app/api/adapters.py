@@ -6,7 +6,10 @@ Names in paths carry no tenant: the tenant is the key's, so another tenant's ada
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,6 +28,7 @@ from app.api.adapter_objects import Residency, delete_named, version_object
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep
 from app.api.errors import from_validation
+from app.api.idempotency import answered_once
 from app.api.schemas import AliasBody, RegisterBody, RollbackBody
 from app.api.uploads import AdapterUpload, received_upload
 from app.errors import RateLimited, RequestInvalid, ServerBusy
@@ -56,25 +60,21 @@ async def list_adapters(caller: CallerDep, context: ContextDep) -> dict[str, Any
 @router.post("/v1/adapters", response_model=None)
 async def register_adapter(request: Request, caller: CallerDep, context: ContextDep) -> JSONResponse:
     """Publish an upload (multipart), or import a PEFT directory from the tenant's own prefix (JSON)."""
+
+    async def answer(make: Awaitable[AdapterManifest]) -> JSONResponse:
+        manifest = await make
+        aliases = await context.store(context.services.catalog.aliases, caller.tenant, manifest.name)
+        body = version_object(manifest, aliases, Residency(context))
+        return JSONResponse(body, 201, headers=context.headers_for(manifest))
+
     if is_multipart(request):
         async with received_upload(request, context) as upload:
-            check_target(context, upload.name, upload.alias)
-            await check_quota(context, caller.tenant, upload.name, upload.weights.stat().st_size)
-            manifest = await context.long_work(
-                caller.tenant,
-                context.services.catalog.publish,
-                caller.tenant,
-                upload.name,
-                upload.config,
-                upload.weights,
-                alias=upload.alias or DEFAULT_ALIAS,
-                source="upload",
-            )
-    else:
-        manifest = await import_from_prefix(context, caller, await read_body(request))
-    aliases = await context.store(context.services.catalog.aliases, caller.tenant, manifest.name)
-    body = version_object(manifest, aliases, Residency(context))
-    return JSONResponse(body, 201, headers=context.headers_for(manifest))
+            make = partial(publish_upload, context, caller, upload)
+            return await answered_once(request, context, caller.tenant, upload.sha256, lambda: answer(make()))
+    body = await read_body(request)
+    sha256 = hashlib.sha256(await request.body()).hexdigest()
+    make = partial(import_from_prefix, context, caller, body)
+    return await answered_once(request, context, caller.tenant, sha256, lambda: answer(make()))
 
 
 @router.post("/v1/adapters/validate", response_model=None)
@@ -192,6 +192,21 @@ async def delete_version(name: str, version: str, caller: CallerDep, context: Co
     selector = version if version.startswith("v") else f"v{version}"
     await delete_named(context, caller.tenant, known_name(name), selector)
     return {"id": f"{name}@{selector}", "object": "adapter.version", "deleted": True}
+
+
+async def publish_upload(context: ApiContext, caller: Caller, upload: AdapterUpload) -> AdapterManifest:
+    check_target(context, upload.name, upload.alias)
+    await check_quota(context, caller.tenant, upload.name, upload.weights.stat().st_size)
+    return await context.long_work(
+        caller.tenant,
+        context.services.catalog.publish,
+        caller.tenant,
+        upload.name,
+        upload.config,
+        upload.weights,
+        alias=upload.alias or DEFAULT_ALIAS,
+        source="upload",
+    )
 
 
 async def import_from_prefix(context: ApiContext, caller: Caller, body: RegisterBody) -> AdapterManifest:

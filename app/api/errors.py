@@ -3,8 +3,8 @@
     {"error": {"message": …, "type": …, "param": …, "code": …}}
 
 Rows are looked up along the class's ancestors; a test proves that each class of both trees has a row of its own, or is
-one of the door's refusals or the store's faults, which share one. The code is the exception's own. 422 and 409 are
-never sent: the official client has no place for our fields in the first and repeats the second.
+one of the door's refusals or the store's faults, which share one. The code is the exception's own. 422 is never sent:
+the official client has no place for our fields in it. It repeats a 409, so that says nothing but "come again".
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Answer:
 TABLE: Final[Mapping[type[Exception], Answer]] = {
     errors.LodgerError: Answer(500, SERVER, says_why=False),
     errors.RequestInvalid: Answer(400, INVALID),
+    errors.CallInProgress: Answer(409, INVALID),  # the one 409: here the official client's repeating is right
     errors.ContextLengthExceeded: Answer(400, INVALID),
     errors.ModelNotFound: Answer(404, INVALID),
     errors.UnknownParameter: Answer(400, INVALID),
@@ -139,7 +140,7 @@ def answer_for_status(status: int, *, code: str | None = None, message: str | No
 
 def _headers(status: int, code: str, retry_after_s: float) -> dict[str, str]:
     headers: dict[str, str] = {}
-    if status in (429, 503):
+    if status in (409, 429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if code in ("quota_exceeded", "deadline_exceeded"):
         headers["x-should-retry"] = "false"  # coming back at once cannot help

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep
-from app.api.multipart import FormShape, received_form
+from app.api.idempotency import answered_once
+from app.api.multipart import MAX_FIELD_BYTES, FormShape, received_form
 from app.api.training_services import TrainingDep, page_object, seconds
 from app.errors import RequestInvalid
 from app.training.files import RESULT_PURPOSE, NewFile, StoredFile, check_purpose
@@ -22,22 +24,24 @@ ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals", RESULT_PURPOSE)
 
 
-@router.post("/v1/files")
-async def create_file(
-    request: Request, caller: CallerDep, context: ContextDep, training: TrainingDep
-) -> dict[str, Any]:
+@router.post("/v1/files", response_model=None)
+async def create_file(request: Request, caller: CallerDep, context: ContextDep, training: TrainingDep) -> JSONResponse:
     """Take one file. Its size and encoding are checked here; its rows when a job reads them."""
-    fields = frozenset({"purpose", ANCHOR, SECONDS})
+    fields = dict.fromkeys(("purpose", ANCHOR, SECONDS), MAX_FIELD_BYTES)
     shape = FormShape("file", training.files.limits.max_file_bytes, fields)
     async with received_form(request, context, shape) as form:
-        if "purpose" not in form.values:
+        purpose = form.text("purpose")
+        if purpose is None:
             raise RequestInvalid("Missing required parameter: 'purpose'.", param="purpose")
-        check_purpose(form.values["purpose"])
-        new = NewFile(form.filename, form.values["purpose"], _ttl(form.values.get(ANCHOR), form.values.get(SECONDS)))
+        check_purpose(purpose)
+        new = NewFile(form.filename, purpose, _ttl(form.text(ANCHOR), form.text(SECONDS)))
         limit = await max_stored_bytes(context, caller.tenant)
-        add = training.files.add
-        file = await context.long_work(caller.tenant, add, caller.tenant, new, form.path, max_stored_bytes=limit)
-    return file_object(file)
+        add = partial(training.files.add, caller.tenant, new, form.path, max_stored_bytes=limit)
+
+        async def keep() -> JSONResponse:
+            return JSONResponse(file_object(await context.long_work(caller.tenant, add)))
+
+        return await answered_once(request, context, caller.tenant, form.sha256, keep)
 
 
 @router.get("/v1/files")

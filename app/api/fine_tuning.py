@@ -16,6 +16,7 @@ from adapters.manifest import TENANT_PATTERN
 from app.api.auth import CallerDep
 from app.api.context import ApiContext, ContextDep
 from app.api.fine_tuning_schemas import CreateJobBody
+from app.api.idempotency import idempotency_key
 from app.api.job_objects import checkpoint_object, event_object, job_object, preflight_object
 from app.api.schemas import StoredBody
 from app.api.training_services import TrainingDep, TrainingServices, list_object, page_object, seconds
@@ -28,7 +29,6 @@ from app.training.permissions import Permission
 
 router = APIRouter()
 
-MAX_KEY_CHARS = 255
 STREAM_PAGE = 200  # events read at a time
 KEEP_ALIVE_S = 15.0
 
@@ -65,12 +65,9 @@ async def preflight(
 
 
 def _job_request(body: CreateJobBody, request: Request) -> JobRequest:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
-        raise RequestInvalid(f"An Idempotency-Key has 1 to {MAX_KEY_CHARS} characters.", param="Idempotency-Key")
     retries = request.headers.get("x-stainless-retry-count", "0")
     is_retry = retries.isascii() and retries.isdigit() and int(retries[:9]) > 0
-    return body.request(idempotency_key=key, is_retry=is_retry)
+    return body.request(idempotency_key=idempotency_key(request), is_retry=is_retry)
 
 
 @router.get("/v1/fine_tuning/jobs")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
@@ -24,43 +25,61 @@ MAX_BOUNDARY_BYTES = 256
 FLUSH_BYTES = 1 << 20
 
 
+def _missing(part: str) -> Exception:
+    return RequestInvalid(f"Missing required part: '{part}'.", param=part)
+
+
 @dataclass(frozen=True, slots=True)
 class FormShape:
-    """What a route takes: the name of its file part, that file's size, and the names of its text fields."""
+    """What a route takes: the name of its file part, the names of its other parts, and how large each may be."""
 
     file: str
     max_file_bytes: int
-    fields: frozenset[str] = frozenset()
+    fields: Mapping[str, int] = field(default_factory=dict)
+    too_large: Mapping[str, Callable[..., Exception]] = field(default_factory=dict)  # by part, where not the usual
+    missing: Callable[[str], Exception] = _missing  # (part): where there is no file
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
     """What came. `path` lives until the end of the block that received it."""
 
-    values: Mapping[str, str]
+    fields: Mapping[str, bytes]
     filename: str
     path: Path
+    sha256: str  # of all parts and the filename: two forms that say the same have the same
+
+    def text(self, name: str) -> str | None:
+        """A field as text; None where it was not sent. Raises RequestInvalid."""
+        try:
+            value = self.fields[name].decode()
+        except KeyError:
+            return None
+        except UnicodeDecodeError:
+            raise RequestInvalid("Fields of a form are UTF-8.", param=name) from None
+        check_storable([value])
+        return value
 
 
 class _Reader:
     """The parser's callbacks: which part the bytes belong to, and how many it may have."""
 
     def __init__(self, boundary: bytes, shape: FormShape) -> None:
-        self.values: dict[str, bytearray] = {}
+        self.fields: dict[str, bytearray] = {}
         self.filename: str | None = None
         self.pending = bytearray()  # of the file, not yet written
         self.is_complete = False
-        self._shape, self._num_file_bytes = shape, 0
+        self._shape = shape
+        self._caps = {**shape.fields, shape.file: shape.max_file_bytes}
         self._header_name, self._header_value, self._disposition = bytearray(), bytearray(), b""
-        self._target = self.pending
-        self._in_file = False
+        self._part, self._target, self._num_bytes = "", self.pending, 0
         callbacks = {
             "on_part_begin": self._begin_part,
             "on_header_field": lambda data, start, end: self._add_header(self._header_name, data[start:end]),
             "on_header_value": lambda data, start, end: self._add_header(self._header_value, data[start:end]),
             "on_header_end": self._end_header,
             "on_headers_finished": self._end_headers,
-            "on_part_data": lambda data, start, end: self._add_data(data[start:end]),
+            "on_part_data": lambda data, start, end: self._add_data(memoryview(data)[start:end]),
             "on_end": self._end,
         }
         self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
@@ -95,27 +114,25 @@ class _Reader:
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")[:64]
-        self._in_file = name == self._shape.file
-        if not self._in_file and name not in self._shape.fields:
-            raise UnknownParameter(f"Unknown part: '{name}'. Remove it.", param=name or None)
-        if name in self.values or (self._in_file and self.filename is not None):
+        if name not in self._caps:
+            raise UnknownParameter(f"Unknown part: '{name}'. Send {', '.join(self._caps)}.", param=name or None)
+        is_file = name == self._shape.file
+        if name in self.fields or (is_file and self.filename is not None):
             raise RequestInvalid(f"The part '{name}' is there twice.", param=name)
-        if self._in_file:
+        self._part, self._num_bytes = name, 0
+        if is_file:
             self.filename = options.get(b"filename", b"").decode("utf-8", "replace")[:MAX_FILENAME_CHARS]
             self._target = self.pending
         else:
-            self._target = self.values[name] = bytearray()
+            self._target = self.fields[name] = bytearray()
 
-    def _add_data(self, data: bytes) -> None:
+    def _add_data(self, data: memoryview) -> None:
+        self._num_bytes += len(data)
+        if self._num_bytes > self._caps[self._part]:
+            message = f"'{self._part}' is larger than the {self._caps[self._part]} bytes allowed here."
+            usual = FileTooLarge if self._part == self._shape.file else RequestInvalid
+            raise self._shape.too_large.get(self._part, usual)(message, param=self._part)
         self._target += data
-        if not self._in_file:
-            if len(self._target) > MAX_FIELD_BYTES:
-                raise RequestInvalid("A field of the form is too long.")
-            return
-        self._num_file_bytes += len(data)
-        if self._num_file_bytes > self._shape.max_file_bytes:
-            message = f"'{self._shape.file}' is larger than the {self._shape.max_file_bytes} bytes allowed here."
-            raise FileTooLarge(message, param=self._shape.file)
 
     def _end(self) -> None:
         self.is_complete = True
@@ -125,35 +142,38 @@ class _Reader:
 async def received_form(request: Request, context: ApiContext, shape: FormShape) -> AsyncIterator[Form]:
     """Read the body; its scratch file is gone when the block ends, however it ends.
 
-    Raises RequestInvalid for a body that is no such form and FileTooLarge for a file above its cap.
+    Raises RequestInvalid for a body that is no such form, FileTooLarge for a file above its size; or as the shape says.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
         raise RequestInvalid("Send the body as multipart/form-data with a boundary.", param=shape.file)
-    reader = _Reader(boundary, shape)
-    directory = Path(await context.disk(tempfile.mkdtemp, dir=context.services.scratch, prefix="file-"))
+    reader, digest = _Reader(boundary, shape), hashlib.sha256()
+    directory = Path(await context.disk(tempfile.mkdtemp, dir=context.services.scratch, prefix="upload-"))
     try:
         path = directory / "file"
         with path.open("wb") as target:
+
+            def write(data: bytes) -> None:
+                target.write(data)
+                digest.update(data)
+
             async for chunk in request.stream():
                 reader.feed(chunk)
                 if len(reader.pending) >= FLUSH_BYTES:
-                    await context.disk(target.write, reader.take())
-            await context.disk(target.write, reader.take())
-        yield _form(reader, shape, path)
+                    await context.disk(write, reader.take())
+            await context.disk(write, reader.take())
+        yield _form(reader, shape, path, digest.digest())
     finally:
         await context.disk(shutil.rmtree, directory, ignore_errors=True)
 
 
-def _form(reader: _Reader, shape: FormShape, path: Path) -> Form:
+def _form(reader: _Reader, shape: FormShape, path: Path, file_sha256: bytes) -> Form:
     if not reader.is_complete:
         raise RequestInvalid("The multipart body ends in the middle.")
     if reader.filename is None:
-        raise RequestInvalid(f"Missing required part: '{shape.file}'.", param=shape.file)
-    try:
-        values = {name: bytes(value).decode() for name, value in reader.values.items()}
-    except UnicodeDecodeError:
-        raise RequestInvalid("Fields of a form are UTF-8.") from None
-    check_storable([*values.values(), reader.filename])
-    return Form(values, reader.filename or shape.file, path)
+        raise shape.missing(shape.file)
+    check_storable([reader.filename])
+    fields = {name: bytes(value) for name, value in reader.fields.items()}
+    said = repr((sorted(fields.items()), reader.filename, file_sha256)).encode()
+    return Form(fields, reader.filename or shape.file, path, hashlib.sha256(said).hexdigest())

@@ -15,6 +15,7 @@ from adapters.checked import CheckedAdapter
 from adapters.manifest import AdapterManifest, BaseModelSpec
 from app.api.training_services import TrainingServices
 from app.engine.sequence import Event, Request, Warmed
+from app.idempotency import IdempotencyKeys
 from app.metrics import Metrics, ServingSnapshot
 from app.rate_limits import RateLimiter
 from app.tenants import Tenants
@@ -162,6 +163,7 @@ class Services:
     catalog: CatalogPort
     tenants: Tenants
     rates: RateLimiter
+    idempotency: IdempotencyKeys
     check_adapter: Callable[[bytes, Path], CheckedAdapter]  # config, weights file; raises AdapterRefused
     base: BaseModelSpec
     limits: ApiLimits

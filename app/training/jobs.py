@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection, Engine
 from adapters.manifest import AdapterManifest, canonical_json
 from app.database import reading, writing
 from app.errors import RateLimited, RequestInvalid
+from app.idempotency import KEY_REUSED, REMEMBERED_S
 from app.training import job_rows, tables
 from app.training.job import (
     TRANSITIONS,
@@ -35,10 +36,8 @@ from app.training.job_rows import Page
 from app.training.queue_rows import queue_positions
 from app.training.spec import JobSpec
 
-IDEMPOTENCY_S = 24 * 3600.0
 DAY_S = 24 * 3600.0
 MERGE_RETRIES_S = 60.0
-KEY_REUSED = "This Idempotency-Key was used with another request body. Use a new key."
 MAX_RACES = 20  # times that somebody else may change a job between our reading and writing it
 
 
@@ -126,7 +125,7 @@ class JobStore:
         RequestInvalid (`idempotency_key_reused`).
         """
         keys = tables.job_keys
-        fresh = keys.c.created_at >= self._wall() - IDEMPOTENCY_S
+        fresh = keys.c.created_at >= self._wall() - REMEMBERED_S
         query = sa.select(keys.c.job_id, keys.c.spec_hash).where(keys.c.tenant == tenant, keys.c.key == key, fresh)
         with reading(self._engine) as connection:
             row = connection.execute(query).first()
@@ -141,7 +140,7 @@ class JobStore:
         now = self._wall()
         if new.idempotency_key is not None:
             keys = tables.job_keys
-            connection.execute(sa.delete(keys).where(keys.c.tenant == tenant, keys.c.created_at < now - IDEMPOTENCY_S))
+            connection.execute(sa.delete(keys).where(keys.c.tenant == tenant, keys.c.created_at < now - REMEMBERED_S))
             mine = sa.select(keys).where(keys.c.tenant == tenant, keys.c.key == new.idempotency_key)
             if (row := connection.execute(mine).first()) is not None:
                 if row.spec_hash != new.hash:

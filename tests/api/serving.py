@@ -25,6 +25,7 @@ from adapters.store import DirectoryStore
 from app.api.http import create_admin_app, create_app
 from app.api.services import ApiLimits, Services
 from app.database import migrate, open_database
+from app.idempotency import IdempotencyKeys
 from app.metrics import Metrics
 from app.rate_limits import RateLimiter
 from app.tenants import Tenants
@@ -96,6 +97,7 @@ def build_services(directory: Path, engine: ScriptedEngine, **changes: Any) -> t
         catalog=AdapterCatalog(DirectoryStore(directory / "store"), base, door, check=check_adapter, scratch=scratch),
         tenants=tenants,
         rates=RateLimiter(),
+        idempotency=IdempotencyKeys(database),
         check_adapter=lambda config, weights: check_adapter(config, weights, base, door),
         base=base,
         limits=replace(limits, **changes.pop("limits", {})),

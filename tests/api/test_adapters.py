@@ -42,6 +42,41 @@ def test_upload_becomes_a_version_that_answers(serving: Serving, client: httpx.C
     assert not list(serving.services.scratch.iterdir())
 
 
+def test_repeated_upload_under_one_key_makes_one_version(serving: Serving, client: httpx.Client) -> None:
+    key = {"Idempotency-Key": "upload-1"}
+    first, second = (client.post("/v1/adapters", headers=key, **form()) for _ in range(2))
+    assert (first.status_code, second.status_code) == (201, 201)
+    assert first.json() == second.json()
+    assert second.headers["x-lodger-adapter-digest"] == first.headers["x-lodger-adapter-digest"]
+    assert ("idempotent-replayed" in first.headers, second.headers["idempotent-replayed"]) == (False, "true")
+    assert len(client.get("/v1/adapters/support").json()["versions"]) == 1
+    other = client.post("/v1/adapters", headers=key, **form(seed=1))
+    assert (other.status_code, other.json()["error"]["code"]) == (400, "idempotency_key_reused")
+    without = client.post("/v1/adapters", **form(seed=1))
+    assert without.json()["version"] == 2
+
+
+def test_refused_upload_leaves_its_key_free(client: httpx.Client) -> None:
+    key = {"Idempotency-Key": "upload-2"}
+    assert client.post("/v1/adapters", headers=key, **form(adapter_config=("c", b"{}"))).status_code == 400
+    assert client.post("/v1/adapters", headers=key, **form()).status_code == 201
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "caf\xe9"])
+def test_unusable_key_is_refused(client: httpx.Client, key: str) -> None:
+    headers = {"Idempotency-Key": key.encode("latin-1")}
+    answer = client.post("/v1/adapters", headers=headers, **form())
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_repeated_import_under_one_key_is_answered_again(serving: Serving, client: httpx.Client) -> None:
+    serving.services.idempotency.claim("acme", "import-1", "somebody's")
+    ask = {"name": "support", "prefix": "adapters/support"}
+    answer = client.post("/v1/adapters", headers={"Idempotency-Key": "import-1"}, json=ask)
+    assert answer.json()["error"]["code"] == "idempotency_key_reused"
+
+
 def test_order_of_the_parts_is_free(serving: Serving, client: httpx.Client) -> None:
     parts = form()["files"]
     response = client.post("/v1/adapters", files=dict(reversed(parts.items())))

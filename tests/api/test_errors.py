@@ -38,10 +38,11 @@ def test_every_answer_is_an_envelope_with_a_status_that_clients_understand() -> 
     for root in (errors.LodgerError, adapter_errors.AdapterError, adapter_errors.StoreError):
         for cls in tree(root):
             answer = answer_for(cls())
-            assert answer.status in (400, 401, 403, 404, 410, 413, 429, 500, 503, 504), cls
+            assert answer.status in (400, 401, 403, 404, 409, 410, 413, 429, 500, 503, 504), cls
+            assert (answer.status == 409) == (cls is errors.CallInProgress), "the client repeats a 409"
             assert set(answer.envelope["error"]) == {"message", "type", "param", "code"}
             assert answer.message, cls
-            assert ("Retry-After" in answer.headers) == (answer.status in (429, 503)), cls
+            assert ("Retry-After" in answer.headers) == (answer.status in (409, 429, 503)), cls
             kind = "invalid_request_error" if answer.status < 429 else "server_error"
             assert answer.type == ("rate_limit_error" if answer.status == 429 else kind), cls
 

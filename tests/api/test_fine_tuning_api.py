@@ -14,8 +14,11 @@ from typing import Any
 import openai
 import pandas as pd
 import pytest
+import sqlalchemy as sa
 from openai import OpenAI
 
+from app.database import writing
+from app.idempotency import keys_table
 from app.training.job import JobError, StepMetrics, model_name
 from app.training.jobs import result_csv
 from tests.adapter_files import config_bytes
@@ -315,6 +318,25 @@ def test_idempotency_key_makes_one_job(client: OpenAI) -> None:
 
     assert send().id == send().id
     assert refusal(lambda: send(seed=1)).code == "idempotency_key_reused"
+
+
+def test_idempotency_key_keeps_one_file_and_says_when_the_first_call_is_at_work(rig: Rig, client: OpenAI) -> None:
+    key = {"Idempotency-Key": "one-file"}
+
+    def send(rows: bytes = b'{"prompt": "a", "completion": "b"}\n') -> Any:
+        return client.files.create(file=("rows.jsonl", rows), purpose="fine-tune", extra_headers=key)
+
+    first = send()
+    assert send() == first
+    assert [file.id for file in client.files.list() if file.filename == "rows.jsonl"] == [first.id]
+    assert refusal(lambda: send(b'{"prompt": "c", "completion": "d"}\n')).code == "idempotency_key_reused"
+
+    mine = keys_table.c.key == "one-file"
+    with writing(rig.database) as connection:  # as if the first were still being stored
+        connection.execute(sa.update(keys_table).where(mine).values(answer=None))
+    error = refusal(send, openai.ConflictError)
+    assert error.code == "idempotency_in_progress"
+    assert int(error.response.headers["retry-after"]) >= 1
 
 
 def test_quota_is_429_and_not_retried(rig: Rig) -> None:

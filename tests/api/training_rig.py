@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.engine import Engine
+
 from adapters.store import DirectoryStore
 from app.api.http import create_app
 from app.api.training_services import TrainingServices
@@ -37,6 +39,7 @@ class Rig:
     serving: Serving
     training: TrainingServices
     queue: WorkQueue
+    database: Engine
 
     def validate(self) -> None:
         while self.training.fine_tuning.validate_next("validator"):
@@ -85,7 +88,7 @@ def training_server(directory: Path) -> Iterator[Rig]:
     try:
         app = create_app(replace(services, training=training))
         with running(app) as url:
-            yield Rig(Serving(url, app, services, engine, keys), training, queue)
+            yield Rig(Serving(url, app, services, engine, keys), training, queue, database)
     finally:
         engine.stop()
         database.dispose()
