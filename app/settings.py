@@ -202,10 +202,10 @@ class Settings(BaseSettings):
         "auto", description="auto: in the server's idle time; off: `lodger worker` alone."
     )
     training_latency_factor: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = Field(
-        1.5, description="How many times as long the 95th percentile of inter-token latency may be beside training."
+        1.25, description="How many times as long as one step in twenty a gap between tokens may be beside training."
     )
     training_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5,
+        0.4,
         description="How much of each second may go to training while requests run: bounds what it costs their median.",
     )
     job_lease_s: Annotated[float, Field(ge=1, le=3600)] = Field(

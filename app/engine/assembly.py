@@ -40,8 +40,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None  # None: a share of what is free
     prefix_caching: bool = True
-    latency_factor: float = 1.5
-    training_share: float = 0.5
+    latency_factor: float = 1.25
+    training_share: float = 0.4
     placements_per_step: int = 2
 
 

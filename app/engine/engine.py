@@ -110,8 +110,8 @@ class Engine:
         make_residency: Callable[[Callable[[Arrival], None]], Residency],
         make_scheduler: Callable[[Residency], Scheduler],
         runner: ModelRunner,
-        latency_factor: float = 1.5,
-        training_share: float = 0.5,
+        latency_factor: float = 1.25,
+        training_share: float = 0.4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Call | Arrival] = queue.SimpleQueue()

@@ -28,7 +28,8 @@ class TrainingBudget:
         self._quanta: deque[float] = deque(maxlen=QUANTA)
         self._decode_s = 0.0
         self._slow_s = 0.0
-        self._spent_s = 0.0
+        self._spent_s = 0.0  # since the last step
+        self._owed_s = 0.0  # of the share: what gaps too short for a quantum leave to later ones
         self._is_refused = False  # in this gap
         self._steps_refused = 0  # in a row
 
@@ -44,12 +45,14 @@ class TrainingBudget:
         if not has_prefill:
             self._decode_s = seconds if not self._decode_s else 0.8 * self._decode_s + 0.2 * seconds
         self._steps_refused = self._steps_refused + 1 if self._is_refused and not self.is_spent else 0
+        self._owe(self._per_step * seconds)
         self._spent_s, self._is_refused = 0.0, False
 
     def trained(self, seconds: float) -> None:
         """A quantum took so long."""
         self._quanta.append(seconds)
         self._spent_s += seconds
+        self._owe(-seconds)
 
     def allows(self, *, prompt_waits: bool) -> bool:
         """True when one more quantum and then a decode fit into this gap. Who waits for a first token goes first."""
@@ -58,7 +61,12 @@ class TrainingBudget:
         self._is_refused |= not allowed
         return allowed
 
+    def _owe(self, seconds: float) -> None:
+        """Within a slow step and a quantum either way: a long wait earns no long stretch, an idle hour is no debt."""
+        most = self._slow_s + max(self._quanta, default=0.0)
+        self._owed_s = min(max(self._owed_s + seconds, -most), most)
+
     def _fits(self) -> bool:
-        training_s = self._spent_s + max(self._quanta, default=0.0)
-        is_in_share = training_s <= self._per_step * self._decode_s
-        return is_in_share and training_s + self._decode_s <= self._factor * self._slow_s
+        quantum_s = max(self._quanta, default=0.0)
+        gap_s = self._spent_s + quantum_s + self._decode_s
+        return quantum_s <= self._owed_s and gap_s <= self._factor * self._slow_s
