@@ -330,7 +330,7 @@ class Engine:
         if has_run:
             took = self._clock() - now
             self.counters.observe(batch, took)
-            self._budget.stepped(took, has_prefill=batch.has_prefill)
+            self._budget.stepped(took, num_decodes=batch.num_decodes, has_prefill=batch.has_prefill)
         self._flush()
         if now - self._last_snapshot > SNAPSHOT_EVERY_S or not self._scheduler.has_work:
             self.snapshot = self._take_snapshot()

@@ -196,8 +196,13 @@ class Batch:
     chunks: tuple[Chunk, ...]
 
     @property
+    def num_decodes(self) -> int:
+        """Sequences that get their next token from this step."""
+        return sum(chunk.count == 1 for chunk in self.chunks)
+
+    @property
     def has_prefill(self) -> bool:
-        return any(chunk.count > 1 for chunk in self.chunks)
+        return self.num_decodes < len(self.chunks)
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ throughput and in the median.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 STEPS = 256  # remembered: half a minute on a CPU, seconds on a GPU
 QUANTA = 4  # remembered: the next one is expected to take as long as the longest of them
@@ -24,7 +25,7 @@ class TrainingBudget:
         """`share`: of the time while requests run, at most this much is training's."""
         self._factor = latency_factor
         self._per_step = share / (1 - share)
-        self._steps: deque[float] = deque(maxlen=STEPS)
+        self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)  # seconds, weight
         self._quanta: deque[float] = deque(maxlen=QUANTA)
         self._decode_s = 0.0
         self._slow_s = 0.0
@@ -38,10 +39,13 @@ class TrainingBudget:
         """True when training stood in the gap before the step that comes now."""
         return self._spent_s > 0
 
-    def stepped(self, seconds: float, *, has_prefill: bool) -> None:
-        """A step of serving took so long; the gap that follows it begins."""
-        self._steps.append(seconds)
-        self._slow_s = sorted(self._steps)[(len(self._steps) - 1) * 19 // 20]
+    def stepped(self, seconds: float, *, num_decodes: int, has_prefill: bool) -> None:
+        """A step of serving took so long and ended a gap of so many sequences; the next gap begins."""
+        # Training made the gap longer, so fewer decodes stand between two prompts than there would be without it: each
+        # counts for as many as would have fitted, or p95 would be that of the slower server it makes.
+        stretch = 1 + self._spent_s / seconds if seconds else 1.0
+        self._steps.append((seconds, num_decodes * stretch))
+        self._slow_s = _percentile_95(self._steps)
         if not has_prefill:
             self._decode_s = seconds if not self._decode_s else 0.8 * self._decode_s + 0.2 * seconds
         self._steps_refused = self._steps_refused + 1 if self._is_refused and not self.is_spent else 0
@@ -70,3 +74,14 @@ class TrainingBudget:
         quantum_s = max(self._quanta, default=0.0)
         gap_s = self._spent_s + quantum_s + self._decode_s
         return quantum_s <= self._owed_s and gap_s <= self._factor * self._slow_s
+
+
+def _percentile_95(steps: Iterable[tuple[float, float]]) -> float:
+    """Of seconds by weight: one in twenty takes at least so long."""
+    slowest_first = sorted(steps, reverse=True)
+    left = sum(weight for _, weight in slowest_first) / 20
+    for seconds, weight in slowest_first:
+        left -= weight
+        if left < 0:
+            return seconds
+    return slowest_first[0][0]  # nobody decoded yet

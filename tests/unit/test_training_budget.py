@@ -26,8 +26,8 @@ def served(budget: TrainingBudget, steps: int = 100, *, prefill_share: float = 0
     every = round(1 / prefill_share) if prefill_share else steps + 1
     for number in range(steps):
         is_prefill = number % every == every - 1
-        budget.stepped(PREFILL if is_prefill else DECODE, has_prefill=is_prefill)
-    budget.stepped(DECODE, has_prefill=False)
+        budget.stepped(PREFILL if is_prefill else DECODE, num_decodes=4, has_prefill=is_prefill)
+    budget.stepped(DECODE, num_decodes=4, has_prefill=False)
     return budget
 
 
@@ -42,7 +42,7 @@ def test_training_gets_its_share_also_where_quanta_do_not_divide_the_gaps(share:
     budget, trained = served(TrainingBudget(10.0, share)), 0.0
     for _ in range(1000):
         trained += fill(budget, quantum_s)
-        budget.stepped(DECODE, has_prefill=False)
+        budget.stepped(DECODE, num_decodes=4, has_prefill=False)
     assert trained / (trained + 1000 * DECODE) == pytest.approx(share, rel=0.02)
 
 
@@ -51,7 +51,7 @@ def test_an_idle_hour_is_no_debt():
     for _ in range(100_000):
         budget.trained(0.036)
     for _ in range(4):
-        budget.stepped(DECODE, has_prefill=False)
+        budget.stepped(DECODE, num_decodes=4, has_prefill=False)
     assert fill(budget, 0.036) > 0
 
 
@@ -59,11 +59,33 @@ def test_where_all_steps_are_alike_the_factor_is_over_those():
     assert fill(served(TrainingBudget(1.5, share=0.9), prefill_share=0), 0.01) == pytest.approx(DECODE / 2, abs=0.011)
 
 
+def slow_step(prefill_decodes: int, decodes: int, training_s: float) -> float:
+    """What the factor is over, where one step in ten takes a prompt in."""
+    budget = TrainingBudget(1.0, share=0.9)
+    for number in range(200):
+        is_prefill = number % 10 == 9
+        if not is_prefill:
+            budget.trained(training_s)
+        count = prefill_decodes if is_prefill else decodes
+        budget.stepped(PREFILL if is_prefill else DECODE, num_decodes=count, has_prefill=is_prefill)
+    return DECODE + fill(budget, 0.001)
+
+
+def test_a_slow_step_counts_by_those_whose_tokens_it_makes():
+    assert slow_step(4, 4, 0.0) == pytest.approx(PREFILL, abs=0.002)
+    assert slow_step(1, 8, 0.0) == pytest.approx(DECODE, abs=0.002)
+
+
+def test_decodes_count_for_as_many_as_would_have_fitted_without_training():
+    assert slow_step(4, 4, 0.05) == pytest.approx(PREFILL, abs=0.002)
+    assert slow_step(4, 4, 0.15) == pytest.approx(DECODE, abs=0.002)  # 9 x 2.5 to 1: fewer than one in twenty
+
+
 def test_what_does_not_fit_is_not_begun():
     budget = served(TrainingBudget(1.5, share=0.5))
     budget.trained(0.01)
     budget.trained(0.15)  # the next is expected to be as long
-    budget.stepped(DECODE, has_prefill=False)
+    budget.stepped(DECODE, num_decodes=4, has_prefill=False)
     assert not budget.allows(prompt_waits=False)
 
 
@@ -77,7 +99,7 @@ def test_training_that_never_fits_gets_one_quantum_now_and_then(prompt_waits: bo
     budget.trained(1.0)
     gaps = []
     for _ in range(10 * STEPS_PER_LATE_QUANTUM):
-        budget.stepped(DECODE, has_prefill=False)
+        budget.stepped(DECODE, num_decodes=4, has_prefill=False)
         gaps.append(fill(budget, 1.0, prompt_waits=prompt_waits))
     late = [number for number, spent in enumerate(gaps) if spent]
     assert set(gaps) == {0.0, 1.0}
@@ -89,7 +111,7 @@ def test_is_spent_from_the_first_quantum_to_the_next_step():
     assert not budget.is_spent
     budget.trained(0.01)
     assert budget.is_spent
-    budget.stepped(DECODE, has_prefill=False)
+    budget.stepped(DECODE, num_decodes=4, has_prefill=False)
     assert not budget.is_spent
 
 
@@ -108,7 +130,7 @@ def test_p95_of_the_gaps_stays_within_the_factor_under_random_arrivals():
             reads = chunks_due > 0
             chunks_due = chunks_due - 1 if reads else 2 if rng.random() < 0.05 else 0
             step = rng.uniform(0.9, 1.1) * (PREFILL if reads else DECODE)
-            budget.stepped(step, has_prefill=reads)
+            budget.stepped(step, num_decodes=4, has_prefill=reads)
             gaps[is_training].append(spent + step)
     p95 = {kind: sorted(values)[len(values) * 95 // 100] for kind, values in gaps.items()}
     assert p95[True] <= factor * p95[False]
