@@ -19,6 +19,12 @@ LodgerError                     code, param; docstring = default message = what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from app.rate_limits import Allowance
+
 
 class LodgerError(Exception):
     """Something went wrong. Quote the request id."""
@@ -118,9 +124,11 @@ class RateLimited(LodgerError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        allowances: Mapping[str, Allowance] | None = None,
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s  # None: waiting alone does not help, or nobody knows
+        self.allowances = allowances or {}  # what is left of each limit, where it is one a minute
 
 
 class ServerBusy(LodgerError):

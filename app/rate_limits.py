@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app.errors import RateLimited
@@ -64,13 +64,11 @@ class RateLimiter:
                         f"this tenant's limit of {limit} {kind} a minute is reached",
                         param=kind,
                         retry_after_s=None if limit == 0 else missing * MINUTE_S / limit,
+                        allowances=_left(buckets, limited),
                     )
             for bucket, (_, _, amount) in zip(buckets, limited, strict=True):
                 bucket.level -= amount
-            return {
-                kind: Allowance(limit, max(0, int(bucket.level)), (limit - bucket.level) * MINUTE_S / max(1, limit))
-                for bucket, (kind, limit, _) in zip(buckets, limited, strict=True)
-            }
+            return _left(buckets, limited)
 
     def spend(self, tenant: str, tokens: int, *, tokens_per_minute: int | None) -> None:
         """Take generated tokens, whether or not they are there."""
@@ -87,3 +85,11 @@ class RateLimiter:
         while len(self._buckets) > self._max_buckets:
             self._buckets.popitem(last=False)
         return bucket
+
+
+def _left(buckets: Sequence[_Bucket], limited: Sequence[tuple[str, int, int]]) -> dict[str, Allowance]:
+    """`limited`: kind, limit a minute, and what a request takes, of each bucket."""
+    return {
+        kind: Allowance(limit, max(0, int(bucket.level)), (limit - bucket.level) * MINUTE_S / max(1, limit))
+        for bucket, (kind, limit, _) in zip(buckets, limited, strict=True)
+    }

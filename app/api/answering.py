@@ -17,6 +17,7 @@ from adapters.manifest import AdapterManifest
 from app.api.context import ApiContext
 from app.api.generation import Generation, Plan
 from app.api.middleware import RequestFacts
+from app.api.rate_headers import rate_headers
 from app.api.schemas import GenerationBody
 from app.api.services import Services
 from app.api.streaming import ChunkFormat, DisconnectWatch, EventStream
@@ -226,25 +227,9 @@ def spend_prompt(
         requests_per_minute=limits.requests_per_minute,
         tokens_per_minute=limits.tokens_per_minute,
     )
-    headers: dict[str, str] = {}
-    for kind, allowance in allowances.items():
-        headers[f"x-ratelimit-limit-{kind}"] = str(allowance.limit)
-        headers[f"x-ratelimit-remaining-{kind}"] = str(allowance.remaining)
-        headers[f"x-ratelimit-reset-{kind}"] = duration(allowance.reset_s)
-    return headers
+    return rate_headers(allowances)
 
 
 def spend_answer(context: ApiContext, tenant: str, limits: TenantLimits, generation: Generation) -> None:
     tokens = generation.usage().completion_tokens
     context.services.rates.spend(tenant, tokens, tokens_per_minute=limits.tokens_per_minute)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as OpenAI's headers write them: `1h2m3s`, `6m0s`, `1.5s`, `20ms`."""
-    if seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    if seconds < 60:
-        return f"{seconds:.3g}s"
-    minutes, rest = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from adapters import errors as adapter_errors
 from app import errors
+from app.api.rate_headers import rate_headers
 
 INVALID: Final = "invalid_request_error"
 RATE: Final = "rate_limit_error"
@@ -124,6 +125,7 @@ def answer_for(error: BaseException, *, retry_after_s: float = 1.0) -> ErrorAnsw
         message = str(error.args[0]) if row.says_why and error.args else (type(error).__doc__ or "").strip()
     status = STATUS_BY_CODE.get(code, row.status)
     headers = _headers(status, code, getattr(error, "retry_after_s", None) or retry_after_s)
+    headers |= rate_headers(getattr(error, "allowances", {}))
     kind = INVALID if 400 <= status < 500 and row.type == SERVER else row.type
     return ErrorAnswer(status, kind, code, message, getattr(error, "param", None), headers)
 

@@ -56,6 +56,8 @@ def test_limits_are_set_shown_and_bind(serving: Serving, admin: httpx.Client) ->
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
     assert refused.json()["error"]["param"] == "requests"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert refused.headers["x-ratelimit-limit-tokens"] == "1000"
     assert chat(serving, authorization=f"Bearer {serving.keys['globex']}").status_code == 200
 
 
