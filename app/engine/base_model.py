@@ -378,8 +378,9 @@ def make_adamw(
     """AdamW for an adapter's fp32 parameters: bitsandbytes' paged one on CUDA, which keeps its state out of the way of
     serving when memory is short, torch's own elsewhere. Here, since this is the one file that knows bitsandbytes."""
     if parameters[0].device.type != "cuda":
-        # One tensor at a time: no copies of all of them, and the same sums whatever else there is.
-        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
+        # Fused: one pass over each tensor, no copies, and the same sums whatever other tensors there are. A quantum of
+        # 15 ms instead of 50 to 150 (rank 16 on all linears of SmolLM2).
+        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     import bitsandbytes as bnb
 
     made: torch.optim.Optimizer = bnb.optim.PagedAdamW32bit(
