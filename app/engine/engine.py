@@ -507,8 +507,9 @@ class Engine:
             except Exception:  # a job's faults end in the trainer; this is its own, and serving goes on without it
                 logger.critical("training stopped", extra={"action": "trainer_failed"}, exc_info=True)
                 self.trainer = None
-            self._budget.trained(self._clock() - started)
-            if not self._scheduler.has_running or not self._inbox.empty():
+            is_idle = not self._scheduler.has_running
+            self._budget.trained(self._clock() - started, is_idle=is_idle)
+            if is_idle or not self._inbox.empty():
                 return
 
     def _may_train(self) -> bool:

@@ -3,7 +3,7 @@
 Between two tokens of a running request lie the training after one step and the next step itself. Steps differ: one that
 takes a prompt in lasts longer than one that only decodes. So the budget fills the gaps before decodes, up to
 `latency_factor` times what one step in twenty takes: the 95th percentile of inter-token latency grows by about that
-factor at most, and the quick steps pay for the training rather than the slow ones. `share` bounds what it costs in
+factor, and the quick steps pay for the training rather than the slow ones. `share` bounds what it costs in
 throughput and in the median.
 """
 
@@ -52,11 +52,12 @@ class TrainingBudget:
         self._owe(self._per_step * seconds)
         self._spent_s, self._is_refused = 0.0, False
 
-    def trained(self, seconds: float) -> None:
-        """A quantum took so long."""
+    def trained(self, seconds: float, *, is_idle: bool = False) -> None:
+        """A quantum took so long. `is_idle`: nobody was served meanwhile, so no gap grew and no share was used."""
         self._quanta.append(seconds)
-        self._spent_s += seconds
-        self._owe(-seconds)
+        if not is_idle:
+            self._spent_s += seconds
+            self._owe(-seconds)
 
     def allows(self, *, prompt_waits: bool) -> bool:
         """True when one more quantum and then a decode fit into this gap. Who waits for a first token goes first."""
@@ -66,7 +67,7 @@ class TrainingBudget:
         return allowed
 
     def _owe(self, seconds: float) -> None:
-        """Within a slow step and a quantum either way: a long wait earns no long stretch, an idle hour is no debt."""
+        """Within a slow step and a quantum either way: a long wait earns no long stretch."""
         most = self._slow_s + max(self._quanta, default=0.0)
         self._owed_s = min(max(self._owed_s + seconds, -most), most)
 

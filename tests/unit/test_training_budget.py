@@ -46,13 +46,16 @@ def test_training_gets_its_share_also_where_quanta_do_not_divide_the_gaps(share:
     assert trained / (trained + 1000 * DECODE) == pytest.approx(share, rel=0.02)
 
 
-def test_an_idle_hour_is_no_debt():
-    budget = served(TrainingBudget(10.0, share=0.5))
+def test_an_idle_hour_is_no_debt_and_no_gap():
+    budget, other = (served(TrainingBudget(1.2, share=0.5)) for _ in range(2))
     for _ in range(100_000):
-        budget.trained(0.036)
+        budget.trained(0.036, is_idle=True)
+    assert not budget.is_spent
+    other.trained(0.036, is_idle=True)
     for _ in range(4):
-        budget.stepped(DECODE, num_decodes=4, has_prefill=False)
-    assert fill(budget, 0.036) > 0
+        for one in (budget, other):
+            one.stepped(DECODE, num_decodes=1, has_prefill=False)
+        assert fill(budget, 0.036) == fill(other, 0.036)
 
 
 def test_where_all_steps_are_alike_the_factor_is_over_those():
