@@ -80,6 +80,7 @@ class TrainingBody(Body):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.03
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     eval_every: Annotated[int, Field(ge=1)] | None = None
     early_stop: EarlyStopBody = EarlyStopBody()
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None

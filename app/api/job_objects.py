@@ -72,6 +72,7 @@ def _training(job: Job, queue_position: int | None) -> dict[str, Any]:
         "schedule": asked.schedule,
         "warmup_ratio": asked.warmup_ratio,
         "max_grad_norm": config.max_grad_norm if config is not None else asked.max_grad_norm,
+        "optimizer": asked.optimizer,
         "learning_rate": config.learning_rate if config is not None else None,
         "eval_every": asked.eval_every,
         "early_stop": {"patience": asked.early_stop_patience},

@@ -13,7 +13,7 @@ from typing import Any
 from adapters.manifest import BaseModelSpec
 from app.training.dataset_rows import Method
 from app.training.fitting import PrepareOptions
-from app.training.spec import Init, JobSpec, OnLong, Schedule, TrainOn
+from app.training.spec import Init, JobSpec, OnLong, OptimizerKind, Schedule, TrainOn
 
 BASE_RATE = 2e-4
 BASE_RATE_LARGE = 1e-4  # from LARGE_BASE_PARAMETERS on
@@ -22,7 +22,8 @@ LARGE_BASE_PARAMETERS = 33e9
 ALPHA = 32.0
 MANY_EXAMPLES = 10_000
 FEW_EXAMPLES = 500
-TRAINING_BYTES_PER_PARAMETER = 16  # fp32 weight, gradient and two moments
+# fp32 weight and gradient, and two moments of four bytes or of one.
+TRAINING_BYTES_PER_PARAMETER: dict[OptimizerKind, int] = {"adamw": 16, "adamw_8bit": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class TrainingConfig:
     schedule: Schedule
     warmup_ratio: float
     max_grad_norm: float
+    optimizer: OptimizerKind
     total_steps: int
     max_steps: int | None
     seed: int
@@ -90,7 +92,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> TrainingConfig:
         typed = {"method": Method(body["method"]), "target_modules": tuple(body["target_modules"])}
-        return cls(**{**body, **typed})
+        return cls(**{"optimizer": "adamw", **body, **typed})  # jobs from before there was a choice
 
 
 def auto_epochs(num_examples: int) -> int:
@@ -153,6 +155,7 @@ def resolve(spec: JobSpec, num_examples: int, base: TrainableBase) -> TrainingCo
         schedule=asked.schedule,
         warmup_ratio=asked.warmup_ratio,
         max_grad_norm=asked.max_grad_norm or (0.3 if rank >= 64 else 1.0),
+        optimizer=asked.optimizer,
         total_steps=min(steps, asked.max_steps) if asked.max_steps else steps,
         max_steps=asked.max_steps,
         seed=spec.seed,
@@ -201,6 +204,6 @@ def estimate(
     # Kept between layers: one hidden state per layer and token; within the layer at hand: about eight of its widest.
     per_token = base.compute_bytes * (base.num_layers * base.hidden_size + 8 * widest)
     logits = min(longest_tokens, 256) * base.vocab_size * 4 * 2  # a chunk of fp32 logits and their gradient
-    memory = parameters * TRAINING_BYTES_PER_PARAMETER + longest_tokens * per_token + logits
+    memory = parameters * TRAINING_BYTES_PER_PARAMETER[config.optimizer] + longest_tokens * per_token + logits
     duration = None if tokens_per_s is None else tokens / tokens_per_s
     return CostEstimate(config.total_steps, tokens, parameters, memory, duration)

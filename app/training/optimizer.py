@@ -15,10 +15,11 @@ from torch import Tensor
 
 from app.engine.base_model import make_adamw
 from app.training.adapter import TrainedAdapter
-from app.training.spec import Schedule
+from app.training.spec import OptimizerKind, Schedule
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+PORTABLE_NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}  # bitsandbytes' names of the moments: torch's
 WEIGHT_DECAY = 0.0  # B A starts at zero: decay would only pull back to the base
 
 
@@ -56,10 +57,19 @@ class StepTaken:
 class AdapterOptimizer:
     """One job's optimizer. The adapter's gradients are those summed up since the last step."""
 
-    def __init__(self, adapter: TrainedAdapter, schedule: RateSchedule, *, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        adapter: TrainedAdapter,
+        schedule: RateSchedule,
+        *,
+        max_grad_norm: float,
+        kind: OptimizerKind = "adamw",
+    ) -> None:
         self._adapter, self._schedule, self._max_grad_norm = adapter, schedule, max_grad_norm
         self._parameters = adapter.parameters
-        self._inner = make_adamw(self._parameters, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+        self._inner = make_adamw(
+            self._parameters, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, is_8bit=kind == "adamw_8bit"
+        )
 
     @torch.no_grad()
     def step(self, step: int) -> StepTaken:
@@ -83,12 +93,15 @@ class AdapterOptimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the optimizer's tensors by `<parameter's number>.<name>`; empty before the first step."""
+        """Copies of the optimizer's tensors by `<parameter's number>.<name>`; empty before the first step.
+
+        The moments have torch's names on every device, so a job may go on where the optimizer is another library's.
+        """
         out = {}
         for number, parameter in enumerate(self._parameters):
             for name, value in self._inner.state.get(parameter, {}).items():
                 held = value.detach().clone().cpu() if isinstance(value, Tensor) else torch.tensor(value)
-                out[f"{number}.{name}"] = held
+                out[f"{number}.{PORTABLE_NAMES.get(name, name)}"] = held
         return out
 
     @torch.no_grad()
@@ -100,7 +113,7 @@ class AdapterOptimizer:
         # A step of size zero lets the optimizer make its buffers where it wants them: paged, 8-bit or plain.
         self._apply([torch.zeros_like(parameter) for parameter in self._parameters], 1.0, 0.0)
         made = {
-            f"{n}.{name}": (self._inner.state[p], name)
+            f"{n}.{PORTABLE_NAMES.get(name, name)}": (self._inner.state[p], name)
             for n, p in enumerate(self._parameters)
             for name in self._inner.state[p]
         }

@@ -118,7 +118,7 @@ def set_up(room: Workroom, claim: ClaimedJob, thread: JobThread, states: StateSt
         regression=HeldOut.of(regression, beta=config.beta, reference=reference) if regression is not None else None,
         adapter=adapter,
         reference=reference,
-        optimizer=AdapterOptimizer(adapter, schedule, max_grad_norm=config.max_grad_norm),
+        optimizer=AdapterOptimizer(adapter, schedule, max_grad_norm=config.max_grad_norm, kind=config.optimizer),
         progress=Progress(micro_batch_tokens=room.micro_batch_tokens),
     )
     name = job.state.get("name") if job.state is not None else None

@@ -14,6 +14,7 @@ from app.training.dataset_rows import Method
 OnLong: TypeAlias = Literal["error", "truncate_left", "drop"]
 TrainOn: TypeAlias = Literal["all_assistant", "last_assistant"]
 Schedule: TypeAlias = Literal["linear", "cosine", "constant"]
+OptimizerKind: TypeAlias = Literal["adamw", "adamw_8bit"]
 Init: TypeAlias = Literal["default", "gaussian", "orthogonal", "eva"]
 
 
@@ -58,6 +59,7 @@ class TrainingOptions:
     schedule: Schedule = "linear"
     warmup_ratio: float = 0.03  # of all steps, at least one
     max_grad_norm: float | None = None
+    optimizer: OptimizerKind = "adamw"
     eval_every: int | None = None  # steps; None is at the end of each epoch
     early_stop_patience: int = 2  # epochs without a better validation loss; 0 never stops early
     max_steps: int | None = None

@@ -9,15 +9,19 @@ import torch
 
 from app.training.adapter import MasterPair, TrainedAdapter
 from app.training.optimizer import AdapterOptimizer, RateSchedule
+from app.training.spec import OptimizerKind
 
 SCHEDULE = RateSchedule("linear", peak=1e-2, warmup_steps=2, total_steps=10)
 
 
-def adapter(seed: int = 0) -> TrainedAdapter:
+SMALL = ((4, 16), (8, 4))
+LARGE = ((16, 576), (1536, 16))  # enough numbers for moments of 8 bits
+
+
+def adapter(seed: int = 0, shapes: tuple[tuple[int, int], ...] = SMALL) -> TrainedAdapter:
     g = torch.Generator().manual_seed(seed)
     pairs = {
-        n: MasterPair(*(torch.randn(shape, generator=g).requires_grad_(True) for shape in ((4, 16), (8, 4))))
-        for n in range(3)
+        n: MasterPair(*(torch.randn(shape, generator=g).requires_grad_(True) for shape in shapes)) for n in range(3)
     }
     return TrainedAdapter(pairs, 1.0)
 
@@ -52,19 +56,20 @@ def test_steps_equal_torch_adamw_with_clipping() -> None:
         torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_continued_steps_are_bit_equal() -> None:
-    whole = adapter()
-    optimizer = AdapterOptimizer(whole, SCHEDULE, max_grad_norm=1.0)
+@pytest.mark.parametrize(("kind", "shapes"), [("adamw", SMALL), ("adamw_8bit", LARGE)])
+def test_continued_steps_are_bit_equal(kind: OptimizerKind, shapes: tuple[tuple[int, int], ...]) -> None:
+    whole = adapter(shapes=shapes)
+    optimizer = AdapterOptimizer(whole, SCHEDULE, max_grad_norm=1.0, kind=kind)
     for step in range(3):
         add_gradients(whole, step)
         optimizer.step(step)
     state, factors = optimizer.state(), weights(whole)
     assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-    again = adapter(seed=5)
+    again = adapter(seed=5, shapes=shapes)
     with torch.no_grad():
         for parameter, value in zip(again.parameters, factors, strict=True):
             parameter.copy_(value)
-    continued = AdapterOptimizer(again, SCHEDULE, max_grad_norm=1.0)
+    continued = AdapterOptimizer(again, SCHEDULE, max_grad_norm=1.0, kind=kind)
     continued.restore(state)
     assert all(torch.equal(a, b) for a, b in zip(weights(again), factors, strict=True))
     for step in range(3, 6):
@@ -107,3 +112,31 @@ def test_schedules_warm_up_to_the_peak_and_end_as_they_say(kind: str) -> None:
         {"linear": 1 / 16, "cosine": 0.5 * (1 - math.cos(math.pi / 16)), "constant": 1}[kind]
     )
     assert RateSchedule(kind, 1.0, 0, 1).rate(0) == 1.0  # type: ignore[arg-type]
+
+
+def test_eight_bit_moments_step_nearly_as_those_of_thirty_two_and_take_a_quarter() -> None:
+    def run(kind: OptimizerKind) -> tuple[TrainedAdapter, AdapterOptimizer]:
+        trained = adapter(shapes=LARGE)
+        optimizer = AdapterOptimizer(trained, SCHEDULE, max_grad_norm=1e9, kind=kind)
+        for step in range(8):
+            add_gradients(trained, step)
+            optimizer.step(step)
+        return trained, optimizer
+
+    (plain, exact), (small, quantized) = run("adamw"), run("adamw_8bit")
+    for got, want, first in zip(weights(small), weights(plain), weights(adapter(shapes=LARGE)), strict=True):
+        assert 0 < (got - want).norm() < 0.05 * (want - first).norm()
+
+    def moments(optimizer: AdapterOptimizer) -> int:
+        return sum(t.nbytes for name, t in optimizer.state().items() if "exp_avg" in name)
+
+    assert moments(exact) == 4 * moments(quantized)
+
+
+def test_state_of_another_kind_of_optimizer_is_refused() -> None:
+    trained = adapter(shapes=LARGE)
+    optimizer = AdapterOptimizer(trained, SCHEDULE, max_grad_norm=1.0, kind="adamw_8bit")
+    add_gradients(trained, 0)
+    optimizer.step(0)
+    with pytest.raises(ValueError, match="another adapter or optimizer"):
+        AdapterOptimizer(trained, SCHEDULE, max_grad_norm=1.0).restore(optimizer.state())
