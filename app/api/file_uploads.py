@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -47,7 +48,9 @@ async def create_upload(
 ) -> dict[str, Any]:
     ttl_s = None if body.expires_after is None else check_ttl(body.expires_after.seconds)
     new = NewFile(body.filename, body.purpose, ttl_s)
-    return upload_object(await context.database(training.uploads.create, caller.tenant, new, body.bytes), None)
+    limit = await max_stored_bytes(context, caller.tenant)
+    create = partial(training.uploads.create, caller.tenant, new, body.bytes, max_stored_bytes=limit)
+    return upload_object(await context.database(create), None)
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
@@ -69,7 +72,6 @@ async def complete_upload(
     upload_id: str, body: CompleteBody, caller: CallerDep, context: ContextDep, training: TrainingDep
 ) -> dict[str, Any]:
     """Join the parts, in the order given, to one file; checked as POST /v1/files checks it."""
-    limit = await max_stored_bytes(context, caller.tenant)
     upload, file = await context.long_work(
         caller.tenant,
         training.uploads.complete,
@@ -77,7 +79,6 @@ async def complete_upload(
         upload_id,
         body.part_ids,
         md5=body.md5,
-        max_stored_bytes=limit,
     )
     return upload_object(upload, file)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from app.training.dataset import EncodingCheck, FileFault
 from app.training.faults import ContentLost
 from app.training.job import JobStatus, new_id
 from app.training.job_rows import Page
+from app.training.quota import require_room
 from app.training.spec import PinnedFile
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class FileStore:
     def _keep(
         self, tenant: str, new: NewFile, path: Path, sha256: str, num_bytes: int, max_stored_bytes: int | None
     ) -> StoredFile:
-        self._require_room(tenant, num_bytes, max_stored_bytes)
+        with reading(self._engine) as connection:  # before anything goes to the store
+            require_room(connection, tenant, num_bytes, max_stored_bytes)
         key, now = blob_key(tenant, sha256), self._wall()
         values = {
             "id": new_id("file-"),
@@ -148,25 +150,26 @@ class FileStore:
             "is_deleted": False,
         }
         self._store.put_if_absent(key, path)
-        with writing(self._engine) as connection:
-            connection.execute(sa.insert(tables.files).values(**values))
-            mine = tables.files.c.id == values["id"]
-            file = file_of(connection.execute(sa.select(tables.files).where(mine)).one())
+        try:
+            file = self._insert(values, max_stored_bytes)
+        except RateLimited:  # others took the room meanwhile
+            self._collector.collect(tenant, [sha256])
+            raise
         # Nothing waits for the store with the database's lock in its hand: a delete of the same content may have come
         # between, but from here on the collector knows of this file.
         if not self._collector.is_kept(tenant, sha256):
             self._store.put_if_absent(key, path)
         return file
 
-    def _require_room(self, tenant: str, num_bytes: int, max_stored_bytes: int | None) -> None:
-        if max_stored_bytes is None:
-            return
+    def _insert(self, values: Mapping[str, Any], max_stored_bytes: int | None) -> StoredFile:
         table = tables.files
-        query = sa.select(sa.func.coalesce(sa.func.sum(table.c.num_bytes), 0)).where(_live(tenant))
-        with reading(self._engine) as connection:
-            if int(connection.execute(query).scalar_one()) + num_bytes > max_stored_bytes:
-                message = f"Your files would take more than the {max_stored_bytes} bytes allowed. Delete some."
-                raise RateLimited(message, code="quota_exceeded")
+        with writing(self._engine) as connection:
+            job_rows.lock_tenant(
+                connection, values["tenant"]
+            )  # of two files for which there is room for one, one stays
+            require_room(connection, values["tenant"], values["num_bytes"], max_stored_bytes)
+            connection.execute(sa.insert(table).values(**values))
+            return file_of(connection.execute(sa.select(table).where(table.c.id == values["id"])).one())
 
     # ---- looking
 

@@ -20,13 +20,15 @@ from adapters.manifest import tenant_prefix
 from adapters.store import BlobStore
 from app.database import reading, writing
 from app.errors import RequestInvalid
-from app.training import tables
+from app.training import job_rows, tables
 from app.training.files import FileStore, FileTooLarge, NewFile, StoredFile, check_purpose
 from app.training.job import new_id
+from app.training.quota import require_room, require_upload
 
 LIFETIME_S = 3600.0
 MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
+MAX_REPEATS = 3  # of an upload's bytes, in all its parts
 
 
 class UploadNotFound(RequestInvalid):
@@ -73,14 +75,19 @@ class UploadStore:
     ) -> None:
         self._engine, self._store, self._files, self._scratch, self._wall = engine, store, files, scratch, wall
 
-    def create(self, tenant: str, new: NewFile, num_bytes: int) -> Upload:
-        """Announce a file of `num_bytes`. Raises RequestInvalid, FileTooLarge."""
+    def create(self, tenant: str, new: NewFile, num_bytes: int, *, max_stored_bytes: int | None = None) -> Upload:
+        """Announce a file of `num_bytes`; until the upload is over, they count as stored. `max_stored_bytes`: of all
+        the tenant's files and uploads. Raises RequestInvalid, FileTooLarge, RateLimited (`quota_exceeded`).
+        """
         check_purpose(new.purpose)
         if num_bytes > self._files.limits.max_upload_bytes:
             limit = self._files.limits.max_upload_bytes
             raise FileTooLarge(f"The file is larger than the {limit} bytes allowed here.", param="bytes")
         now, upload_id = self._wall(), new_id("upload_")
         with writing(self._engine) as connection:
+            job_rows.lock_tenant(connection, tenant)
+            require_upload(connection, tenant)
+            require_room(connection, tenant, num_bytes, max_stored_bytes)
             connection.execute(
                 sa.insert(tables.uploads).values(
                     id=upload_id,
@@ -120,7 +127,7 @@ class UploadStore:
         if count >= MAX_PARTS:
             raise RequestInvalid(f"An upload has at most {MAX_PARTS} parts.", param="data")
         # A part whose answer was lost is sent again, so there may be more bytes here than the file will have.
-        if total + size > 2 * upload.num_bytes + MAX_PART_BYTES:
+        if total + size > MAX_REPEATS * upload.num_bytes:
             raise RequestInvalid("The parts are far larger than the upload's bytes.", param="data")
 
     def complete(
@@ -130,7 +137,6 @@ class UploadStore:
         part_ids: Sequence[str],
         *,
         md5: str | None = None,
-        max_stored_bytes: int | None = None,
     ) -> tuple[Upload, StoredFile]:
         """Join the parts, in the given order, into a file. Again, after its answer was lost, is fine."""
         with reading(self._engine) as connection:
@@ -143,7 +149,7 @@ class UploadStore:
             whole = Path(directory) / "whole"
             self._join(upload, part_ids, whole, md5)
             new = NewFile(upload.filename, upload.purpose, upload.file_ttl_s)
-            file = self._files.add(tenant, new, whole, max_stored_bytes=max_stored_bytes)
+            file = self._files.add(tenant, new, whole)  # it was given its room when it was announced
         done, mine = tables.uploads, tables.uploads.c.id == upload_id
         with writing(self._engine) as connection:
             pending = sa.update(done).where(mine, done.c.status == "pending")

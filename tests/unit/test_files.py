@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from app.database import migrate, open_database, writing
 from app.errors import RateLimited, RequestInvalid
 from app.training.files import FileLimits, FileNotFound, FileStore, FileTooLarge, NewFile
 from app.training.jobs import JobStore, NewJob
+from app.training.quota import MAX_PENDING_UPLOADS
 from app.training.spec import JobSpec, PinnedFile
-from app.training.uploads import LIFETIME_S, UploadNotFound, UploadStore
+from app.training.uploads import LIFETIME_S, MAX_REPEATS, UploadNotFound, UploadStore
 
 
 class World:
@@ -253,6 +255,67 @@ def test_storage_is_limited(world: World) -> None:
         world.files.add("acme", NewFile("b"), world.path(b"0987654321"), max_stored_bytes=19)
     assert refused.value.code == "quota_exceeded"
     world.files.add("acme", NewFile("b"), world.path(b"0987654321"), max_stored_bytes=20)
+
+
+def test_of_two_files_at_once_for_which_there_is_room_for_one_one_stays(world: World) -> None:
+    both_are_stored = threading.Barrier(2)
+
+    class Meeting(DirectoryStore):
+        def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+            created = super().put_if_absent(key, data)
+            if key.startswith(blob_key("acme", "")):
+                both_are_stored.wait(timeout=10)
+            return created
+
+    files = FileStore(world.engine, Meeting(world.store.root), limits=world.files.limits, wall=lambda: world.now)
+    contents, refused = [b"1234567890", b"0987654321"], []
+
+    def add(data: bytes) -> None:
+        try:
+            files.add("acme", NewFile("f"), world.path(data), max_stored_bytes=19)
+        except RateLimited as exc:
+            refused.append(exc.code)
+
+    threads = [threading.Thread(target=add, args=(data,)) for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert refused == ["quota_exceeded"]
+    (kept,) = files.list("acme").items
+    assert world.blobs() == [blob_key("acme", kept.sha256)]
+
+
+def test_what_an_upload_was_announced_with_counts_until_it_is_over(world: World) -> None:
+    create = partial(world.uploads.create, "acme", NewFile("big"), max_stored_bytes=1000)
+    first, _ = create(600), world.add(b"1" * 300)
+    with pytest.raises(RateLimited) as refused:
+        create(101)
+    assert refused.value.code == "quota_exceeded"
+    with pytest.raises(RateLimited):
+        world.files.add("acme", NewFile("f"), world.path(b"2" * 101), max_stored_bytes=1000)
+    world.uploads.create("bolt", NewFile("big"), 1000, max_stored_bytes=1000)
+    world.uploads.cancel("acme", first.id)
+    part = world.uploads.add_part("acme", create(700).id, world.path(b"3" * 700))
+    _, file = world.uploads.complete("acme", part.upload_id, [part.id])
+    assert file.num_bytes == 700
+    with pytest.raises(RateLimited):
+        create(1)
+
+
+def test_pending_uploads_and_their_parts_are_bounded(world: World) -> None:
+    uploads = [world.uploads.create("acme", NewFile("f"), 10) for _ in range(MAX_PENDING_UPLOADS)]
+    with pytest.raises(RateLimited) as refused:
+        world.uploads.create("acme", NewFile("f"), 10)
+    assert refused.value.code == "quota_exceeded"
+    world.now += LIFETIME_S - 1
+    for _ in range(MAX_REPEATS):  # answers that were lost
+        world.uploads.add_part("acme", uploads[0].id, world.path(b"1234567890"))
+    with pytest.raises(RequestInvalid, match="far larger"):
+        world.uploads.add_part("acme", uploads[0].id, world.path(b"1"))
+    world.now += 1
+    assert world.uploads.sweep() == MAX_PENDING_UPLOADS
+    world.uploads.create("acme", NewFile("f"), 10)
 
 
 # ---- uploads
