@@ -1,22 +1,23 @@
-"""What training costs those who are served, and what is left of its speed: measured at several loads.
+"""What training costs those who are served, and what is left of its speed: a curve for each of several loads.
 
-Load 1 is the throughput of a full batch that is never idle, without training. At the other loads requests come at
-random moments, at that share of its rate, whether or not earlier ones are answered. Training speed is told as a share
-of what a bare loop reaches; windows with training off and on take turns. No torch.
+Load 1 is the throughput of a full batch that is never idle, without training. At the other loads as many requests as
+make up that share of it come at random moments of a window, whether or not earlier ones are answered. The windows of
+a load, without training and with each share of the time that it may take, take turns and get the same requests;
+latencies are of all windows of a kind together. Training speed is told as a share of what a bare loop reaches.
+No torch.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from app.bench.figures import Percentiles, RoundTrace
 from app.bench.workload import Extra, Job, WorkloadSpec, make_jobs
 
-LOADS = (0.25, 0.5, 0.75, 1.0)
 WINDOW_S = 40.0
 
 
@@ -29,27 +30,33 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """All windows of a load with one share for training."""
+
+    training_share: float  # of the time while requests run, at most; 0: no training
+    inter_token_ms: Percentiles
+    ttft_ms: Percentiles
+    window_p95_ms: tuple[float, ...]  # inter-token, of each window: how much chance there is in the figures
+    tokens_per_s: float  # served
+    trained_per_s: float  # tokens
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPoint:
-    """One load: every round's windows. Without training (`off`) or with it (`on`) may be missing, as asked for."""
+    """One load: without training (`off`), unless only training was asked for, and with it, by rising shares."""
 
     load: float
-    off: tuple[Percentiles, ...]  # inter-token latency of each window, ms
-    on: tuple[Percentiles, ...]
-    off_tokens_per_s: tuple[float, ...]
-    on_tokens_per_s: tuple[float, ...]
-    trained_per_s: tuple[float, ...]
+    off: Kind | None
+    on: tuple[Kind, ...]
 
-    @property
-    def p95_ratio(self) -> float | None:
-        """Median over rounds of p95(on) / p95(off)."""
-        if not self.off or not self.on:
-            return None
-        return statistics.median(a.p95 / b.p95 for a, b in zip(self.on, self.off, strict=True))
+    def p95_ratio(self, kind: Kind) -> float | None:
+        """p95 inter-token latency, training on / off."""
+        return None if self.off is None else kind.inter_token_ms.p95 / self.off.inter_token_ms.p95
 
 
 @dataclass(frozen=True, slots=True)
 class CoservingResult:
-    """The curve. Training speeds in tokens a second."""
+    """The curves. Training speeds in tokens a second."""
 
     concurrency: int
     full_tokens_per_s: float  # served at load 1, without training
@@ -57,63 +64,60 @@ class CoservingResult:
     idle_per_s: float  # the engine, serving nobody
     points: tuple[LoadPoint, ...]
 
-    def share_kept(self, point: LoadPoint) -> float | None:
+    def share_kept(self, kind: Kind) -> float:
         """Of the bare loop's training speed."""
-        return statistics.median(point.trained_per_s) / self.alone_per_s if point.trained_per_s else None
+        return kind.trained_per_s / self.alone_per_s
 
 
 Call = Callable[..., Any]
 
 
-def measure_coserving(spec: WorkloadSpec, vocab_size: int, call: Call) -> CoservingResult:
+def measure_coserving(
+    spec: WorkloadSpec, vocab_size: int, training_shares: Sequence[float], call: Call
+) -> CoservingResult:
     """`call(method, *args)` runs a method of a `CoservingSystem`."""
     concurrency = min(spec.concurrency)
     jobs = make_jobs(replace(spec, cold_share=0.0), concurrency, vocab_size)
-    full = call("serve", jobs, concurrency, (), False, WINDOW_S).trace
+    full = call("serve", jobs, concurrency, (), 0.0, WINDOW_S).trace
     alone, idle = (float(call(method, WINDOW_S)) for method in ("train_alone", "train_idle"))
-    kinds = {"off": (False,), "on": (True,), "both": (False, True)}[spec.train]
-    points = [_point(load, full.tokens_per_s, spec, jobs, concurrency, kinds, call) for load in LOADS]
+    on = () if spec.train == "off" else tuple(sorted(training_shares))
+    shares = on if spec.train == "on" else (0.0, *on)
+    points = []
+    for load in spec.loads:
+        windows: dict[float, list[Window]] = {share: [] for share in shares}
+        count = max(1, round(load * full.tokens_per_s * WINDOW_S / spec.output_tokens))
+        for number in range(spec.rounds):
+            seed = f"{spec.seed}/{load}/{number}"
+            arrivals = [] if load >= 1 else random_arrivals(jobs, count, WINDOW_S, seed=seed)
+            for share in shares:
+                windows[share].append(call("serve", jobs, concurrency, arrivals, share, WINDOW_S))
+        kinds = {share: _kind(share, found) for share, found in windows.items()}
+        points.append(LoadPoint(load, kinds.pop(0.0, None), tuple(kinds.values())))
     return CoservingResult(concurrency, full.tokens_per_s, alone, idle, tuple(points))
 
 
-def _point(
-    load: float,
-    full_tokens_per_s: float,
-    spec: WorkloadSpec,
-    jobs: Sequence[Job],
-    concurrency: int,
-    kinds: Sequence[bool],
-    call: Call,
-) -> LoadPoint:
-    latencies: dict[bool, list[Percentiles]] = {False: [], True: []}
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    trained = []
-    for number in range(spec.rounds):
-        rate = load * full_tokens_per_s / spec.output_tokens
-        arrivals = [] if load >= 1 else random_arrivals(jobs, rate, WINDOW_S, seed=f"{spec.seed}/{load}/{number}")
-        for is_training in kinds:
-            window: Window = call("serve", jobs, concurrency, arrivals, is_training, WINDOW_S)
-            found = Percentiles.of(gap for r in window.trace.requests for gap in r.gaps_s)
-            assert found is not None
-            latencies[is_training].append(found)
-            speeds[is_training].append(window.trace.tokens_per_s)
-            if is_training:
-                trained.append(window.trained_per_s)
-    return LoadPoint(
-        load,
-        tuple(latencies[False]),
-        tuple(latencies[True]),
-        tuple(speeds[False]),
-        tuple(speeds[True]),
-        tuple(trained),
+def _kind(share: float, windows: Sequence[Window]) -> Kind:
+    traces = [window.trace for window in windows]
+    requests = [request for trace in traces for request in trace.requests]
+    return Kind(
+        share,
+        _percentiles(gap for request in requests for gap in request.gaps_s),
+        _percentiles(wait for request in requests if (wait := request.ttft_s) is not None),
+        tuple(_percentiles(gap for request in trace.requests for gap in request.gaps_s).p95 for trace in traces),
+        statistics.fmean(trace.tokens_per_s for trace in traces),
+        statistics.fmean(window.trained_per_s for window in windows),
     )
 
 
-def random_arrivals(jobs: Sequence[Job], rate: float, seconds: float, *, seed: str) -> list[Extra]:
-    """At least one request; gaps between them are exponential with mean 1 / rate."""
+def _percentiles(seconds: Iterable[float]) -> Percentiles:
+    found = Percentiles.of(seconds)
+    assert found is not None, "every window answers somebody"
+    return found
+
+
+def random_arrivals(jobs: Sequence[Job], count: int, seconds: float, *, seed: str) -> list[Extra]:
+    """So many requests at independent uniform moments: a Poisson process of which the count is known, so that a window
+    has the load it is said to have."""
     rng = random.Random(seed)
-    arrivals, at = [Extra(0.0, jobs[0])], rng.expovariate(rate)
-    while at < seconds:
-        arrivals.append(Extra(at, jobs[len(arrivals) % len(jobs)]))
-        at += rng.expovariate(rate)
-    return arrivals
+    moments = sorted(rng.uniform(0, seconds) for _ in range(count))
+    return [Extra(at, jobs[number % len(jobs)]) for number, at in enumerate(moments)]

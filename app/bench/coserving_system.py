@@ -13,6 +13,8 @@ from app.bench.tenancy import Tenancy
 from app.bench.workload import Extra, Job, WorkloadSpec
 from app.training_side import MICRO_BATCH_TOKENS
 
+IDLE_SHARE = 0.5  # any: an idle engine's training uses no share
+
 
 class CoservingSystem(EngineSystem):
     """The engine with a training job beside it."""
@@ -36,33 +38,36 @@ class CoservingSystem(EngineSystem):
 
     def train_idle(self, seconds: float) -> float:
         """Tokens a second of the engine that serves nobody."""
-        began = self._mark(True)
+        began = self._mark(IDLE_SHARE)
         time.sleep(seconds)
-        ended = self._mark(False)
+        ended = self._mark(0.0)
         return (ended[1] - began[1]) / (ended[0] - began[0])
 
     def serve(
-        self, jobs: Sequence[Job], concurrency: int, arrivals: Sequence[Extra], is_training: bool, seconds: float
+        self, jobs: Sequence[Job], concurrency: int, arrivals: Sequence[Extra], share: float, seconds: float
     ) -> Window:
-        """Answer what comes by the arrivals' times; without any, a closed loop of jobs for so many seconds."""
+        """Answer what comes by the arrivals' times; without any, a closed loop of jobs for so many seconds. `share`: of
+        the time, for training at most; 0 is without."""
         marks: list[tuple[float, float]] = []
         at_the_end = threading.Timer(seconds, lambda: marks.append(self._mark()))
-        began = self._mark(is_training)
+        began = self._mark(share)
         at_the_end.start()
         try:
             trace = self._drive(iter(()), 0, arrivals) if arrivals else self.window(jobs, concurrency, seconds, ())
         finally:
             at_the_end.join()
-            self._mark(False)
+            self._mark(0.0)
         (ended,) = marks
         return Window(trace, (ended[1] - began[1]) / (ended[0] - began[0]))
 
-    def _mark(self, switch: bool | None = None) -> tuple[float, float]:
-        """The time, and the tokens trained until now, read between two steps; may turn training on or off there."""
+    def _mark(self, share: float | None = None) -> tuple[float, float]:
+        """The time, and the tokens trained until now, read between two steps; may set training's share there."""
 
         def turn() -> tuple[float, float]:
-            if switch is not None:
-                self._training.is_on = switch
+            if share is not None:
+                self._training.is_on = share > 0
+            if share:
+                self.engine.training_budget.share = share
             return time.monotonic(), self._training.num_tokens
 
         return self.engine.call(turn).result()

@@ -44,15 +44,19 @@ def write_coserving_plot(report: Report, path: Path) -> None:
     found = report.coserving
     assert found is not None
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    curve = [(kept, slower, p.load) for p in found.points if (kept := found.share_kept(p)) and (slower := p.p95_ratio)]
-    axis.plot([100 * kept for kept, _, _ in curve], [slower for _, slower, _ in curve], marker="o")
-    for kept, slower, load in curve:
-        axis.annotate(f"load {load:g}", (100 * kept, slower), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    rightmost = 0.0
+    for point in found.points:
+        shares = [(0.0, 1.0)] + [(100 * found.share_kept(k), s) for k in point.on if (s := point.p95_ratio(k))]
+        axis.plot(*zip(*shares, strict=True), marker="o", label=f"load {point.load:g}")
+        for kind, (kept, slower) in zip(point.on, shares[1:], strict=False):
+            text = f"{kind.training_share:g}"
+            axis.annotate(text, (kept, slower), textcoords="offset points", xytext=(6, -3), fontsize=8)
+        rightmost = max(rightmost, shares[-1][0])
+    axis.legend(title="at each point: training's share", fontsize=8, title_fontsize=8)
     axis.axhline(1.5, color="0.6", linestyle="--", linewidth=1)
     axis.set_xlabel("training speed kept, % of training alone")
     axis.set_ylabel("p95 inter-token latency, training on / off")
-    axis.set_xlim(0, 115 * max((kept for kept, _, _ in curve), default=1.0))  # room for the last label
-    axis.set_ylim(bottom=min((1.0, *(slower for _, slower, _ in curve))))
+    axis.set_xlim(0, 1.15 * rightmost or 1.0)  # room for the last label
     axis.set_title(f"{report.base}, {report.machine.cpu}, {found.concurrency} at once", fontsize=10)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     plt.close(figure)

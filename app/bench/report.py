@@ -18,7 +18,7 @@ from app.bench.workload import SWAP_REQUESTS, WorkloadSpec
 
 if TYPE_CHECKING:
     from app.bench.cold import ColdResult
-    from app.bench.coserving import CoservingResult, LoadPoint
+    from app.bench.coserving import CoservingResult, Kind, LoadPoint
 
 WANTED = {  # at least; (ours, theirs) -> factor
     ("offline", "peft-mixed"): 3.0,
@@ -186,46 +186,45 @@ def _coserving_table(found: CoservingResult) -> Table:
     )
     for name in (
         "load",
-        "inter-token ms, training off\np50 / p95 / p99",
-        "training on\np50 / p95 / p99",
+        "training's share",
+        "inter-token ms\np50 / p95 / p99",
         "p95 on / off",
-        "tokens/s off",
-        "tokens/s on",
+        "p95 of each window",
+        "first token ms\np50 / p95 / p99",
+        "tokens/s",
         "trained tokens/s",
         "speed kept",
     ):
         table.add_column(name, justify="right")
     for point in found.points:
-        table.add_row(*_coserving_cells(found, point))
+        for kind in (point.off, *point.on):
+            if kind is not None:
+                table.add_row(*_coserving_cells(found, point, kind))
+        table.add_section()
     return table
 
 
-def _coserving_cells(found: CoservingResult, point: LoadPoint) -> list[str]:
-    def median(values: Sequence[float], form: str = ".1f") -> str:
-        return format(statistics.median(values), form) if values else "-"
-
-    kept, ratio_of_p95 = found.share_kept(point), point.p95_ratio
+def _coserving_cells(found: CoservingResult, point: LoadPoint, kind: Kind) -> list[str]:
+    slower = point.p95_ratio(kind)
+    is_on = kind is not point.off
     return [
         f"{point.load:g}",
-        _triple(_middle(point.off)),
-        _triple(_middle(point.on)),
-        "-" if ratio_of_p95 is None else f"{ratio_of_p95:.2f}x",
-        median(point.off_tokens_per_s),
-        median(point.on_tokens_per_s),
-        median(point.trained_per_s),
-        "-" if kept is None else f"{100 * kept:.0f} %",
+        f"{kind.training_share:g}" if is_on else "off",
+        _triple(kind.inter_token_ms),
+        f"{slower:.2f}x" if is_on and slower is not None else "-",
+        ", ".join(f"{p95:.0f}" for p95 in kind.window_p95_ms),
+        _triple(kind.ttft_ms),
+        f"{kind.tokens_per_s:.1f}",
+        f"{kind.trained_per_s:.1f}" if is_on else "-",
+        f"{100 * found.share_kept(kind):.0f} %" if is_on else "-",
     ]
 
 
-def _middle(windows: Sequence[Percentiles]) -> Percentiles | None:
-    """Each percentile's median over the windows."""
-    if not windows:
-        return None
-    return Percentiles(*(statistics.median(getattr(w, name) for w in windows) for name in ("p50", "p95", "p99")))
-
-
 def _coserving_json(found: CoservingResult) -> dict[str, Any]:
-    points = [asdict(p) | {"p95_ratio": p.p95_ratio, "share_kept": found.share_kept(p)} for p in found.points]
+    def told(point: LoadPoint, kind: Kind) -> dict[str, Any]:
+        return asdict(kind) | {"p95_ratio": point.p95_ratio(kind), "share_kept": found.share_kept(kind)}
+
+    points = [asdict(point) | {"on": [told(point, kind) for kind in point.on]} for point in found.points]
     return asdict(found) | {"points": points}
 
 

@@ -261,10 +261,12 @@ def _coserve(bench: Bench) -> CoservingResult:
         child.call("warm_up", jobs, timeout_s=_limit(jobs))
 
         def call(method: str, *args: Any) -> Any:
-            bench.say(f"  {method}" + (f", training {'on' if args[3] else 'off'}" if method == "serve" else ""))
+            told = f", {len(args[2]) or 'no'} arrivals, training share {args[3]:g}" if method == "serve" else ""
+            bench.say(f"  {method}{told}")
             return child.call(method, *args, timeout_s=WINDOWS_TIMEOUT_S)
 
-        return measure_coserving(bench.spec, bench.vocab_size, call)
+        shares = bench.spec.training_shares or (bench.tenancy.settings.training_share,)
+        return measure_coserving(bench.spec, bench.vocab_size, shares, call)
 
 
 @contextlib.contextmanager

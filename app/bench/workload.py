@@ -52,6 +52,8 @@ class WorkloadSpec:
     rounds: int = 5
     stream: bool = True  # over HTTP
     train: str = "off"
+    loads: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # at which training is measured; 1: a full batch, never idle
+    training_shares: tuple[float, ...] = ()  # none: LODGER_TRAINING_SHARE alone
     cold_store_delay_s: float = 0.0  # 0: not measured
     seed: int = 0
 
@@ -127,6 +129,10 @@ def _problems(
         (s.mode not in MODES, "--mode", f"one of {', '.join(MODES)}"),
         (s.baseline not in BASELINES, "--baseline", f"one of {', '.join(BASELINES)}"),
         (s.train not in TRAINING, "--train", f"one of {', '.join(TRAINING)}"),
+        (not s.loads or not all(0 < load <= 1 for load in s.loads), "--loads", "numbers above 0, at most 1"),
+        (len(set(s.loads)) < len(s.loads), "--loads", "a number stands there twice"),
+        (not all(0 < x <= 0.9 for x in s.training_shares), "--training-shares", "numbers above 0, at most 0.9"),
+        (len(set(s.training_shares)) < len(s.training_shares), "--training-shares", "a number stands there twice"),
         (s.rounds < 1, "--rounds", "at least 1"),
         (not 0 <= s.cold_store_delay_s <= 60, "--cold-store-delay", "0 to 60 seconds"),
         (

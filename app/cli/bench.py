@@ -48,6 +48,12 @@ def bench(
         typer.Option(metavar="SECONDS", help="Also: warm streams beside cold arrivals from a store that slow."),
     ] = 0.0,
     train: Annotated[str, typer.Option(help="Also: serving beside training at several loads: off, on, both.")] = "off",
+    loads: Annotated[
+        str, typer.Option(help="With --train: the loads; 1 is a full batch, never idle.")
+    ] = "0.25,0.5,0.75,1",
+    training_shares: Annotated[
+        str, typer.Option(help="With --train: shares of the time for training, as 0.2,0.4. Default: the setting's.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Directory for bench.json and bench.png.")] = Path("bench-results"),
     seed: Annotated[int, typer.Option(help="Fixes prompts, adapters and their order.")] = 0,
 ) -> None:
@@ -71,6 +77,8 @@ def bench(
             rounds=rounds,
             stream=stream,
             train=train,
+            loads=_shares(loads, "--loads"),
+            training_shares=_shares(training_shares, "--training-shares"),
             cold_store_delay_s=cold_store_delay,
             seed=seed,
         )
@@ -121,6 +129,13 @@ def _range(text: str, option: str) -> tuple[int, int]:
     low, dash, high = text.partition("-")
     first = _number(low, option)
     return (first, _number(high, option)) if dash else (first, first)
+
+
+def _shares(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers as 0.25,0.5", param_hint=option) from None
 
 
 def _targets(text: str) -> tuple[str, ...]:

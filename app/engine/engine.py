@@ -135,7 +135,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._failures_in_a_row = 0
         self._last_snapshot = 0.0
-        self._budget = TrainingBudget(latency_factor, training_share)
+        self.training_budget = TrainingBudget(latency_factor, training_share)
         self.counters = StepCounters()
         self.heartbeat = clock()
         self.snapshot = self._take_snapshot()
@@ -324,13 +324,13 @@ class Engine:
         for sequence in self._scheduler.expire(now):
             self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
         # After training, those who decode go first: their gap has been filled, and a prompt would come on top of it.
-        batch = self._scheduler.schedule(now, decodes_only=self._budget.is_spent)
+        batch = self._scheduler.schedule(now, decodes_only=self.training_budget.is_spent)
         self._emit_admissions()
         has_run = bool(batch.chunks) and self._run_and_commit(batch)
         if has_run:
             took = self._clock() - now
             self.counters.observe(batch, took)
-            self._budget.stepped(took, num_decodes=batch.num_decodes, has_prefill=batch.has_prefill)
+            self.training_budget.stepped(took, num_decodes=batch.num_decodes, has_prefill=batch.has_prefill)
         self._flush()
         if now - self._last_snapshot > SNAPSHOT_EVERY_S or not self._scheduler.has_work:
             self.snapshot = self._take_snapshot()
@@ -508,13 +508,13 @@ class Engine:
                 logger.critical("training stopped", extra={"action": "trainer_failed"}, exc_info=True)
                 self.trainer = None
             is_idle = not self._scheduler.has_running
-            self._budget.trained(self._clock() - started, is_idle=is_idle)
+            self.training_budget.trained(self._clock() - started, is_idle=is_idle)
             if is_idle or not self._inbox.empty():
                 return
 
     def _may_train(self) -> bool:
         scheduler = self._scheduler
-        return not scheduler.has_running or self._budget.allows(prompt_waits=scheduler.has_unread_prompts)
+        return not scheduler.has_running or self.training_budget.allows(prompt_waits=scheduler.has_unread_prompts)
 
     # ---- views
 

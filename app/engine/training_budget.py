@@ -22,9 +22,8 @@ class TrainingBudget:
     """Decides from how long serving steps and training quanta took lately. Engine thread only."""
 
     def __init__(self, latency_factor: float, share: float) -> None:
-        """`share`: of the time while requests run, at most this much is training's."""
         self._factor = latency_factor
-        self._per_step = share / (1 - share)
+        self.share = share  # of the time while requests run, at most this much is training's
         self._steps: deque[tuple[float, float]] = deque(maxlen=STEPS)  # seconds, weight
         self._quanta: deque[float] = deque(maxlen=QUANTA)
         self._decode_s = 0.0
@@ -49,7 +48,7 @@ class TrainingBudget:
         if not has_prefill:
             self._decode_s = seconds if not self._decode_s else 0.8 * self._decode_s + 0.2 * seconds
         self._steps_refused = self._steps_refused + 1 if self._is_refused and not self.is_spent else 0
-        self._owe(self._per_step * seconds)
+        self._owe(seconds * self.share / (1 - self.share))
         self._spent_s, self._is_refused = 0.0, False
 
     def trained(self, seconds: float, *, is_idle: bool = False) -> None:

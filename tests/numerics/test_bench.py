@@ -126,8 +126,8 @@ def test_training_goes_on_beside_serving_and_stops_when_told(tenancy: Tenancy) -
         assert system.train_alone(0.2) > 0
         assert system.train_idle(0.2) > 0
         alone = {trace.index: trace.tokens for trace in system.round(jobs, 4).requests}
-        off = system.serve(jobs, 2, (), False, 0.2)
-        on = system.serve(jobs, 2, [Extra(0.1 * i, jobs[i]) for i in range(4)], True, 0.4)
+        off = system.serve(jobs, 2, (), 0.0, 0.2)
+        on = system.serve(jobs, 2, [Extra(0.1 * i, jobs[i]) for i in range(4)], 0.4, 0.4)
     finally:
         system.close()
     assert off.trained_per_s == 0

@@ -16,7 +16,7 @@ from adapters.errors import ObjectNotFound
 from adapters.store import DirectoryStore
 from app.__main__ import build_app
 from app.bench.cold import ARRIVALS, KINDS, measure_cold
-from app.bench.coserving import LOADS, Window, measure_coserving, random_arrivals
+from app.bench.coserving import Window, measure_coserving, random_arrivals
 from app.bench.exactness import differences, require_equal
 from app.bench.figures import Percentiles, ProcessFacts, RequestTrace, RoundTrace, make_row, percentile, ratio
 from app.bench.http_client import news_times, sse_events
@@ -247,33 +247,58 @@ def test_cold_windows_take_turns_and_leave_the_arrivals_own_tokens_out() -> None
     assert [result.p95(kind) for kind in KINDS] == pytest.approx([10, 10, 11])
 
 
-def test_loads_below_one_come_at_random_moments_and_training_takes_turns() -> None:
-    spec = WorkloadSpec(train="both", rounds=2, output_tokens=10, concurrency=(4,))
-    served: list[tuple[bool, bool]] = []
+def test_loads_below_one_come_at_random_moments_and_shares_of_training_take_turns() -> None:
+    spec = WorkloadSpec(train="both", rounds=2, output_tokens=10, concurrency=(4,), loads=(0.5, 1.0))
+    served: list[tuple[int, float]] = []
 
     def call(method: str, *args: Any) -> Any:
         if method != "serve":
             return 50.0
-        _, _, arrivals, is_training, _ = args
-        served.append((bool(arrivals), is_training))
+        _, _, arrivals, share, _ = args
+        served.append((len(arrivals), share))
         if len(served) == 1:
             return Window(RoundTrace(0.02, (trace(0, 1.0, 1.01),)), 0.0)  # 100 tokens/s
-        found = RoundTrace(10.0, (trace(0, 1.0, 1.02 if is_training else 1.01),))
-        return Window(found, 25.0 if is_training else 0.0)
+        return Window(RoundTrace(10.0, (trace(0, 1.0, 1.01 + share),)), 50 * share)
 
-    result = measure_coserving(spec, VOCAB, call)
-    assert [point.load for point in result.points] == list(LOADS)
+    result = measure_coserving(spec, VOCAB, (0.4, 0.2), call)
     assert result.full_tokens_per_s == pytest.approx(100)
-    assert served[1:] == [(load < 1, on) for load in LOADS for _ in range(2) for on in (False, True)]
-    assert [point.p95_ratio for point in result.points] == pytest.approx([2.0] * 4)
-    assert [result.share_kept(point) for point in result.points] == pytest.approx([0.5] * 4)
+    assert served[1:] == [(count, share) for count in (200, 0) for _ in range(2) for share in (0.0, 0.2, 0.4)]
+    for point, load in zip(result.points, spec.loads, strict=True):
+        assert point.load == load
+        assert point.off is not None
+        assert point.off.inter_token_ms.p95 == pytest.approx(10)
+        assert [kind.training_share for kind in point.on] == [0.2, 0.4]
+        assert [result.share_kept(kind) for kind in point.on] == pytest.approx([0.2, 0.4])
+        assert [point.p95_ratio(kind) for kind in point.on] == [
+            kind.inter_token_ms.p95 / point.off.inter_token_ms.p95 for kind in point.on
+        ]
+        assert all(len(kind.window_p95_ms) == 2 for kind in point.on)
 
 
-def test_random_arrivals_keep_their_rate() -> None:
-    arrivals = random_arrivals(jobs_of(3), rate=5.0, seconds=200.0, seed="s")
-    assert 900 < len(arrivals) < 1100
-    assert arrivals == random_arrivals(jobs_of(3), rate=5.0, seconds=200.0, seed="s")
-    assert len(random_arrivals(jobs_of(1), rate=1e-9, seconds=1.0, seed="s")) == 1
+def test_latencies_are_of_all_windows_of_a_kind_together() -> None:
+    spec = WorkloadSpec(train="on", rounds=2, output_tokens=10, concurrency=(4,), loads=(1.0,))
+    gaps = iter([0.01, 0.1, 0.3])
+
+    def call(method: str, *args: Any) -> Any:
+        return 50.0 if method != "serve" else Window(RoundTrace(1.0, (trace(0, 1.0, 1.0 + next(gaps)),)), 1.0)
+
+    (point,) = measure_coserving(spec, VOCAB, (0.4,), call).points
+    assert point.off is None
+    assert point.on[0].window_p95_ms == pytest.approx((100, 300))
+    assert point.on[0].inter_token_ms.p50 == pytest.approx(200)
+    assert point.p95_ratio(point.on[0]) is None
+
+
+def test_random_arrivals_are_so_many_in_the_window() -> None:
+    arrivals = random_arrivals(jobs_of(3), 1000, 200.0, seed="s")
+    moments = [extra.at_s for extra in arrivals]
+    assert len(arrivals) == 1000
+    assert moments == sorted(moments)
+    assert 0 <= moments[0] < 5
+    assert 195 < moments[-1] <= 200
+    assert 450 < sum(at < 100 for at in moments) < 550
+    assert arrivals == random_arrivals(jobs_of(3), 1000, 200.0, seed="s")
+    assert arrivals != random_arrivals(jobs_of(3), 1000, 200.0, seed="t")
 
 
 def test_a_slow_store_delays_reads_and_changes_nothing(tmp_path: Path) -> None:
