@@ -69,6 +69,7 @@ class Rig:
     micro_batch_tokens: int = 256
     lease_s: float = 30.0
     state_every_s: float = 60.0
+    max_jobs: int = 4
     wrap_room: Callable[[Workroom], Workroom] = lambda room: room
 
     def __post_init__(self) -> None:
@@ -137,6 +138,7 @@ class Rig:
             worker=f"worker-{id(self):x}",
             lease_s=self.lease_s,
             wake=lambda: self.engine.call(lambda: None),
+            max_jobs=self.max_jobs,
             poll_s=0.02,
         )
         self.engine.trainer = self.trainer

@@ -84,8 +84,10 @@ def move(connection: Connection, job: Job, to: JobStatus, now: float, **values: 
 
 
 def put_back(connection: Connection, job: Job, to: JobStatus, now: float, note: str, **values: Any) -> bool:
-    """Take the job from its worker. The fence rises at once, so the worker's later writes are refused."""
-    return move(connection, job, to, now, worker=None, fence=job.fence + 1, resume_note=note, **values)
+    """Take the job from its worker. The fence rises at once, so the worker's later writes are refused. Publishing is
+    repeated whole by whoever comes next: until then the job can be cancelled again."""
+    taken = {"worker": None, "fence": job.fence + 1, "is_publishing": False}
+    return move(connection, job, to, now, resume_note=note, **taken, **values)
 
 
 def add_event(

@@ -39,7 +39,7 @@ from app.training.work import (
     Interrupted,
     OutOfMemory,
     PauseWanted,
-    ShutdownWanted,
+    ReturnWanted,
     Spoiled,
     Steps,
     part_of,
@@ -123,7 +123,7 @@ class JobRun:
         except DataRefused as refused:
             refusal = JobError(refused.code, str(refused), refused.param)
             yield from self._call(self._queue.fail, self._claim, refusal, data=refused.findings.to_dict())
-        except ShutdownWanted:
+        except ReturnWanted:
             yield from self._call(self._queue.release, self._claim)
         except PauseWanted:
             if not (yield from self._call(self._queue.paused, self._claim)):

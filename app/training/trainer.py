@@ -10,6 +10,7 @@ import logging
 import queue
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult, micro_step
 from app.training.reaper import Reaper
 from app.training.run import JobRun, Workroom
-from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ShutdownWanted, Spoiled, Wait, Work
+from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ReturnWanted, Spoiled, Wait, Work
 from app.training.work_queue import ClaimedJob
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class _Active:
     is_alone: bool = False  # shares no micro-step: one that it shared failed
     is_stale: bool = False  # set by the side thread: cancelled, erased or somebody else's
     is_pausing: bool = False  # likewise: its tenant wants it paused
+    is_yielding: bool = False  # likewise: another tenant has no job at work, this one has several here
 
     @property
     def is_ready(self) -> bool:
@@ -232,8 +234,8 @@ class Trainer:
     def _reason_to_stop(self, job: _Active) -> Exception | None:
         if job.is_stale:
             return StaleFence()
-        if self._stop.is_set():
-            return ShutdownWanted()
+        if self._stop.is_set() or job.is_yielding:
+            return ReturnWanted()
         return PauseWanted() if job.is_pausing else None
 
     def _let_go(self, job: _Active) -> None:
@@ -254,8 +256,9 @@ class Trainer:
                     self.counters.retries[LEASE_LOST] += len(reaper.sweep())
                 since += 1
                 self._look_after()
-                claim = self._room.fine_tuning.queue.claim(self._worker) if self._has_room() else None
-                if claim is not None:
+                if not self._has_room():
+                    self._make_room()
+                elif claim := self._room.fine_tuning.queue.claim(self._worker):
                     self._take(claim)
                     continue
             except ServerBusy:
@@ -281,6 +284,23 @@ class Trainer:
 
     def _has_room(self) -> bool:
         return self.num_active < self._max_jobs
+
+    def _make_room(self) -> None:
+        """Where a tenant waits that has no job at work anywhere, one that has several here gives back its latest."""
+        with self._claim_lock:
+            claimed = list(self._claimed)
+        held = Counter(job.run.tenant for job in claimed)
+        tenant, count = held.most_common(1)[0] if held else ("", 0)
+        if (
+            count < 2
+            or any(job.is_yielding for job in claimed)
+            or not self._room.fine_tuning.queue.has_starved_tenant()
+        ):
+            return
+        latest = [job for job in claimed if job.run.tenant == tenant][-1]
+        latest.is_yielding = True
+        logger.info("job makes room", extra={"action": "job_makes_room", "job": latest.claim.id, "tenant": tenant})
+        self._wake_up()
 
     def _take(self, claim: ClaimedJob) -> None:
         thread = JobThread(claim.id, self._wake_up)

@@ -60,8 +60,8 @@ class PauseWanted(Interrupted):
     """The tenant paused the job: write a durable state, then say so."""
 
 
-class ShutdownWanted(Interrupted):
-    """The process ends: write a durable state and give the job back."""
+class ReturnWanted(Interrupted):
+    """The process ends, or another tenant waits: write a durable state and give the job back."""
 
 
 class OutOfMemory(Interrupted):

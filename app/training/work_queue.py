@@ -115,22 +115,35 @@ class WorkQueue:
             return False
         if job.started_at is None:
             job_rows.add_event(connection, job.id, now, "Fine-tuning job started")
-        elif note == "paused":
+        elif note in ("paused", "released"):
             job_rows.add_event(connection, job.id, now, f"Job resumed from step {_durable_step(job)}")
         elif note == "lost":
             message = f"The job's worker was lost; training continues from step {_durable_step(job)}"
             job_rows.add_event(connection, job.id, now, message, level="warn")
         return True
 
+    def has_starved_tenant(self) -> bool:
+        """True when a tenant has a job in the queue and none at work, here or elsewhere."""
+        with reading(self._engine) as connection:
+            if not has_unclaimed(connection, JobStatus.QUEUED, self._base_digest):
+                return False
+            found = unclaimed(connection, JobStatus.QUEUED, self._base_digest)
+        return any(not found["running"][waiting.tenant] for waiting in found["waiting"])
+
     def release(self, claim: ClaimedJob) -> None:
-        """Give the job back, for example at shutdown; another worker continues from its durable state."""
+        """Give the job back, at shutdown or to make room; another worker continues from its durable state."""
         with self._fenced(claim) as (connection, job):
             if job.status is JobStatus.VALIDATING:
                 self._require(job_rows.update(connection, job, worker=None, fence=job.fence + 1))
             else:
                 to = JobStatus.PAUSED if job.status is JobStatus.PAUSING else JobStatus.QUEUED
                 note = "paused" if to is JobStatus.PAUSED else "released"
-                self._require(job_rows.put_back(connection, job, to, self._wall(), note))
+                now = self._wall()
+                self._require(job_rows.put_back(connection, job, to, now, note))
+                if note == "released":
+                    job_rows.add_event(
+                        connection, job.id, now, f"Job returned to the queue at step {_durable_step(job)}"
+                    )
 
     def lose(self, job_id: str, fence: int, heartbeat: int) -> bool:
         """Take a silent worker's job back, unless it showed a sign of life since. The reaper's call."""
@@ -146,8 +159,7 @@ class WorkQueue:
                 message = f"{lost} workers were lost at step {_durable_step(job)}. Quote {job.id} to your operator."
                 return self._fail(connection, job, JobError("server_error", message), fence=fence + 1)
             to = JobStatus.PAUSED if job.status is JobStatus.PAUSING else JobStatus.QUEUED
-            # Publishing is repeated whole by whoever comes next: until then the job can be cancelled again.
-            return job_rows.put_back(connection, job, to, now, "lost", num_lost=lost, is_publishing=False)
+            return job_rows.put_back(connection, job, to, now, "lost", num_lost=lost)
 
     def heartbeats(self) -> dict[str, tuple[int, int]]:
         """(fence, heartbeat) of every claimed job."""

@@ -317,6 +317,26 @@ def test_jobs_that_share_micro_steps_end_as_they_would_alone(base: BaseModel, tm
         assert_same(got, alone, 1e-5)
 
 
+def test_tenant_with_two_jobs_makes_room_for_one_that_has_none(base: BaseModel, tmp_path: Path) -> None:
+    rig = directory_rig(base, tmp_path, max_jobs=2)
+    rig.start()
+    try:
+        long = replace(LONGER, n_epochs=50)
+        both = [rig.create([chat_row(n + i) for n in range(12)], hyperparameters=long) for i in range(2)]
+        rig.wait(*both, until=lambda job: job.step >= 2)
+        (done,) = rig.wait(rig.create(FEW, tenant="globex", hyperparameters=FAST))
+        assert done.status is JobStatus.SUCCEEDED
+        first, second = map(rig.get, both)
+        assert (first.status, first.worker is None) == (JobStatus.RUNNING, False), "the older one stays"
+        assert any(message.startswith("Job returned to the queue at step") for message in rig.messages(second))
+        rig.wait(second, until=lambda job: job.status is JobStatus.RUNNING)
+        assert any(message.startswith("Job resumed from step") for message in rig.messages(second))
+        assert rig.trainer.num_active == 2
+        assert not any(message.startswith("Job returned") for message in rig.messages(first))
+    finally:
+        rig.close()
+
+
 def test_base_answers_the_same_with_a_job_beside_it(rig: Rig) -> None:
     sampler = GreedySampler(rig.engine, eos_ids=frozenset(), max_context=512)
     prompts = [random_prompt(20, 290, seed) for seed in range(4)]

@@ -379,6 +379,20 @@ def test_publishing_job_can_no_longer_be_cancelled(world: World) -> None:
     assert world.status(claim.id) is JobStatus.SUCCEEDED
 
 
+@pytest.mark.parametrize("end", [
+    lambda queue, claim: queue.release(claim),
+    lambda queue, claim: queue.lose(claim.id, claim.fence, 0),
+])  # fmt: skip
+def test_job_given_back_while_it_published_can_be_cancelled_again(
+    world: World, end: Callable[[WorkQueue, ClaimedJob], None]
+) -> None:
+    claim = world.running()
+    world.queue.begin_publish(claim)
+    end(world.queue, claim)
+    assert world.status(claim.id) is JobStatus.QUEUED
+    assert world.jobs.cancel("acme", claim.id).status is JobStatus.CANCELLED
+
+
 def test_validating_job_is_not_paused(world: World) -> None:
     job = world.create()
     with pytest.raises(InvalidJobState):
@@ -396,6 +410,18 @@ def test_every_status_can_be_reached_and_ends(world: World) -> None:
 
 
 # ---- turns
+
+
+def test_tenant_starves_while_it_waits_and_has_nothing_at_work(world: World) -> None:
+    assert not world.queue.has_starved_tenant()
+    world.running()
+    assert not world.queue.has_starved_tenant()
+    world.queued()
+    assert not world.queue.has_starved_tenant(), "its first job is at work"
+    world.queued(tenant="bolt")
+    assert world.queue.has_starved_tenant()
+    assert world.queue.claim("w") is not None
+    assert not world.queue.has_starved_tenant()
 
 
 def test_tenants_take_turns_whatever_they_queue(world: World) -> None:
