@@ -1,4 +1,5 @@
-"""One load from start to end: disk tier, else the store; hashed; handed to the parser. Runs in a loader thread.
+"""One load from start to end: disk tier, else the store; hashed; handed to the parser. Runs in a loader thread, and
+fetches the config in a second one meanwhile: a cold adapter waits for its slower file, not for one after the other.
 
 The files' bytes are trusted once they hash to what the manifest says; whether they are a fit adapter is the parser's
 question. Store and disk errors end here: whoever calls sees AdapterErrors and the reason for the metrics.
@@ -6,6 +7,7 @@ question. Store and disk errors end here: whoever calls sees AdapterErrors and t
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 import time
@@ -13,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from adapters.disk_tier import DiskFile, DiskTier, file_matches
 from adapters.errors import (
@@ -109,33 +111,61 @@ class Fetcher(Generic[H]):
 
 
 class _Load(Generic[H]):
-    """One load's state: its stage clock and whether the store was asked."""
+    """One load's two files and their way to the parser."""
 
     def __init__(self, fetcher: Fetcher[H], manifest: AdapterManifest, deadline: float) -> None:
         self._fetcher = fetcher
-        self._disk = fetcher.disk
         self._manifest = manifest
-        self._deadline = deadline
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._tier = "disk"
+        self._config, self._weights = (
+            _FileLoad(fetcher, manifest.tenant, fact, deadline) for fact in (manifest.config, manifest.weights)
+        )
 
     def run(self) -> Loaded[H]:
-        manifest, limits = self._manifest, self._fetcher.limits
-        if manifest.config.num_bytes > limits.max_config_bytes:
+        manifest, fetcher = self._manifest, self._fetcher
+        if manifest.config.num_bytes > fetcher.limits.max_config_bytes:
             raise AdapterConfigTooLarge()
-        if manifest.weights.num_bytes > limits.max_weights_bytes:
+        if manifest.weights.num_bytes > fetcher.limits.max_weights_bytes:
             raise AdapterTooLarge()
-        with (
-            self._file(manifest.config) as config,
-            self._file(manifest.weights) as weights,
-            self._fetcher.parsing,
-            self._stage("parse"),
-        ):
-            value = self._fetcher.parse(manifest, config.path, weights.path)
-        return Loaded(value, self._fetcher.size_of(value), self._tier, dict(self._seconds))
+        with self._files() as (config, weights), fetcher.parsing:
+            started = fetcher.clock()
+            value = fetcher.parse(manifest, config.path, weights.path)
+            parse_s = fetcher.clock() - started
+        both = (self._config, self._weights)
+        stages = {
+            stage: max(one.seconds.get(stage, 0.0) for one in both)  # they went side by side
+            for stage in {**self._config.seconds, **self._weights.seconds}
+        }
+        tier = "s3" if any(one.is_from_store for one in both) else "disk"
+        return Loaded(value, fetcher.size_of(value), tier, {**stages, "parse": parse_s})
 
-    def _file(self, fact: FileFact) -> DiskFile:
-        tenant = self._manifest.tenant
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[tuple[DiskFile, DiskFile]]:
+        config = _in_thread(self._config.file)
+        with contextlib.ExitStack() as leases:
+            try:
+                weights = leases.enter_context(self._weights.file())
+            finally:  # whatever became of the weights, the config's lease ends here
+                concurrent.futures.wait([config])
+                if config.exception() is None:
+                    leases.enter_context(config.result())
+            yield config.result(), weights
+
+
+class _FileLoad:
+    """One file on its way, beside the other."""
+
+    def __init__(self, fetcher: Fetcher[Any], tenant: str, fact: FileFact, deadline: float) -> None:
+        self._fetcher = fetcher
+        self._disk = fetcher.disk
+        self._tenant = tenant
+        self._fact = fact
+        self._deadline = deadline
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # "fetch", "verify"
+        self.is_from_store = False  # set once the store is asked
+
+    def file(self) -> DiskFile:
+        """The file, leased and checked. Raises AdapterErrors and LoadFailed."""
+        tenant, fact = self._tenant, self._fact
         file = self._disk.open(tenant, fact.sha256)
         if file is not None:
             try:
@@ -147,7 +177,7 @@ class _Load(Generic[H]):
             except BaseException:
                 file.release()
                 raise
-        self._tier = "s3"
+        self.is_from_store = True
         for _ in range(FETCH_ATTEMPTS):
             with contextlib.suppress(_WrongBytes):
                 return self._fetch(fact)
@@ -167,7 +197,7 @@ class _Load(Generic[H]):
     def _fetch_to_disk(self, fact: FileFact, *, keep: bool) -> DiskFile:
         if self._fetcher.clock() >= self._deadline:
             raise LoadFailed(AdapterUnavailable(), "timeout")
-        tenant = self._manifest.tenant
+        tenant = self._tenant
         with self._disk.begin(tenant, fact, keep=keep) as arrival:
             with self._stage("fetch"), _translated():
                 self._fetcher.store.download(blob_key(tenant, fact.sha256), arrival.path, max_bytes=fact.num_bytes)
@@ -185,7 +215,21 @@ class _Load(Generic[H]):
         try:
             yield
         finally:
-            self._seconds[stage] += self._fetcher.clock() - start
+            self.seconds[stage] += self._fetcher.clock() - start
+
+
+def _in_thread(load: Callable[[], DiskFile]) -> concurrent.futures.Future[DiskFile]:
+    """Run it in a thread of its own, which no end of the process waits for."""
+    future: concurrent.futures.Future[DiskFile] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(load())
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="adapter-config", daemon=True).start()
+    return future
 
 
 @contextlib.contextmanager

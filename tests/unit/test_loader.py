@@ -378,7 +378,7 @@ def test_an_unavailable_store_is_asked_once_per_two_seconds_and_jitter(bench: Be
         assert isinstance(ask(loader, manifest)[1], AdapterUnavailable)
     bench.now += 2.4
     assert isinstance(ask(loader, manifest)[1], AdapterUnavailable)
-    assert sum(bench.store.calls.values()) == 1
+    assert set(bench.store.calls.values()) == {1}
     bench.store.is_down = False
     bench.now += 0.2
     assert ask(loader, manifest)[0] == b"weights"
@@ -461,17 +461,40 @@ def test_a_load_that_never_gets_a_worker_is_answered(bench: Bench) -> None:
     assert loader.snapshot().failures["overload"] == 1
 
 
-def test_no_object_is_asked_for_past_the_deadline(bench: Bench) -> None:
+def test_a_load_waits_for_its_slower_file_and_not_for_one_after_the_other(bench: Bench) -> None:
     loader, manifest, answers = bench.loader(), bench.publish(b"weights"), Answers()
     config_key = blob_key("acme", manifest.config.sha256)
-    gate = bench.store.gates.setdefault(config_key, threading.Event())
+    gates = [bench.gate(manifest), bench.store.gates.setdefault(config_key, threading.Event())]
     loader.want(manifest, answers)
-    assert bench.store.started.acquire(timeout=WAIT_S)
+    for _ in gates:
+        assert bench.store.started.acquire(timeout=WAIT_S)
+    assert answers.got == []
+    for gate in gates:
+        gate.set()
+    assert answers.wait(1)[0][1:] == (b"weights", None, "s3")
+
+
+@pytest.mark.parametrize("missing", ["config", "weights"])
+def test_one_file_that_is_missing_leaves_no_lease_on_the_other(bench: Bench, missing: str) -> None:
+    loader, manifest = bench.loader(), bench.publish(b"weights")
+    del bench.store.blobs[blob_key("acme", getattr(manifest, missing).sha256)]
+    assert isinstance(ask(loader, manifest)[1], AdapterNotFound)
+    assert loader.snapshot().disk.leased == 0
+    assert bench.parsed == []
+
+
+def test_no_object_is_asked_for_past_the_deadline(bench: Bench) -> None:
+    loader, manifest, answers = bench.loader(), bench.publish(b"weights"), Answers()
+    bench.store.blobs[weights_key(manifest)] = b"Weights"  # what is wrong is asked for again
+    gate = bench.gate(manifest)
+    loader.want(manifest, answers)
+    for _ in range(2):
+        assert bench.store.started.acquire(timeout=WAIT_S)
     bench.now += 20.0
     gate.set()
     answers.wait(1)
     eventually(lambda: loader.snapshot().running == 0)
-    assert weights_key(manifest) not in bench.store.calls
+    assert bench.store.calls[weights_key(manifest)] == 1
     assert loader.snapshot().failures["timeout"] == 1
 
 
@@ -480,9 +503,10 @@ def test_a_full_disk_serves_without_keeping(bench: Bench) -> None:
     ask(loader, kept)
     bench.store.failures = [LocalDiskFailed()]
     assert ask(loader, manifest) == (b"weights", None, "s3")
-    assert not (bench.root / "acme" / manifest.config.sha256).exists()
+    both = (manifest.config, manifest.weights)
+    assert sum((bench.root / "acme" / fact.sha256).exists() for fact in both) == 1, "one of the two met the full disk"
     assert not [path for path in bench.root.glob(".private-*/*") if path.name != "owner"]
-    bench.store.failures = [LocalDiskFailed(), LocalDiskFailed()]
+    bench.store.failures = [LocalDiskFailed()] * 4  # of each file both attempts
     assert type(ask(loader, bench.publish(b"more", name="more"))[1]) is AdapterUnavailable
     assert loader.snapshot().failures["disk"] == 1
 
