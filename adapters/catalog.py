@@ -158,6 +158,15 @@ class AdapterCatalog:
         manifest = None if version is None else self._records.kept_manifest(record, version)
         return manifest if manifest is not None and manifest.base_digest == self._base.digest else None
 
+    def is_due(self, tenant: str, name: str) -> bool:
+        """True, to one caller, when what `peek` tells will soon be too old: call `refresh` meanwhile. Never blocks."""
+        return self._adapters.is_due((tenant, name))
+
+    def refresh(self, tenant: str, name: str, selector: str | None = None) -> None:
+        """Look into the store again before anybody has to wait for that. Raises what `resolve` raises."""
+        with _store_errors_translated():
+            self._look_up((tenant, name), selector, self._clock())
+
     def list(self, tenant: str) -> Summaries:
         """All adapters of a tenant by name, plain directories that nobody has asked for yet included."""
         if TENANT_PATTERN.fullmatch(tenant) is None:

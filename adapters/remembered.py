@@ -19,6 +19,7 @@ from adapters.errors import StoreError, StoreUnavailable
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
+READ_AHEAD = 0.75  # of its lifetime a value is used for before somebody is asked to read it ahead
 MAX_REREADS = 3  # of a value that its own process keeps changing while it is read
 
 
@@ -38,6 +39,7 @@ class Reading(Generic[V]):
     read_at: float  # when the reading began
     fresh_until: float
     is_stale: bool = False  # the store failed when it was to be read again
+    is_claimed: bool = False  # somebody was asked to read it ahead
 
 
 @dataclass(slots=True)
@@ -136,6 +138,19 @@ class Remembered(Generic[K, V]):
         with self._lock:
             known = self._find(key)
             return self._used(key, known).value if known is not None and self._clock() < known.fresh_until else None
+
+    def is_due(self, key: K) -> bool:
+        """True, to one caller, when a value in use will not be fresh for long: `get` it anew, with `read_since`, and
+        nobody has to wait when its time is over. Never blocks."""
+        with self._lock:
+            known = self._present.get(key)
+            if known is None or known.is_stale or known.is_claimed or key in self._flights:
+                return False
+            due_at = known.read_at + READ_AHEAD * (known.fresh_until - known.read_at)
+            if not due_at <= self._clock() < known.fresh_until:
+                return False
+            self._present[key] = replace(known, is_claimed=True)
+            return True
 
     def expire(self, key: K, in_s: float) -> None:
         """Have the value read again in `in_s` seconds, if that is sooner than planned."""

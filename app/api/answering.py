@@ -104,9 +104,11 @@ async def resolve_adapter(context: ApiContext, tenant: str, name: AdapterName) -
     """What is known is answered at once; only the rest costs a worker thread and perhaps a look at the store."""
     catalog = context.services.catalog
     manifest = catalog.peek(tenant, name.name, name.selector)
-    if manifest is not None:
-        return manifest
-    return await context.store(catalog.resolve, tenant, name.name, name.selector)
+    if manifest is None:
+        return await context.store(catalog.resolve, tenant, name.name, name.selector)
+    if catalog.is_due(tenant, name.name):
+        context.later(context.store(catalog.refresh, tenant, name.name, name.selector))
+    return manifest
 
 
 def find_fine_tuned(services: Services, name: FineTunedName) -> AdapterManifest:

@@ -5,11 +5,13 @@ Also the named dependencies that routes are written with: `ContextDep`, `FactsDe
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,6 +23,8 @@ from app.api.generation import Generation
 from app.api.middleware import RequestFacts, facts_of
 from app.api.services import Services
 from app.errors import ServerBusy
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,6 +72,7 @@ class ApiContext:
         self._long = _Shares(MAX_LONG_CALLS, MAX_LONG_CALLS_PER_TENANT)
         self._preflights = _Shares(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_TENANT)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def database(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a call that asks the database, and nothing slower, in a worker thread."""
@@ -92,6 +97,17 @@ class ApiContext:
     async def rendering(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a long computation on text in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._renders)
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that no request waits for. What it raises is told by whoever does it first in earnest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps no hold on it
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("work in the background failed", exc_info=error)
 
     def retry_after_s(self) -> float:
         return self.client.retry_after_s(self.services.snapshot().num_waiting)

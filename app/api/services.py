@@ -99,7 +99,8 @@ class SummaryPort(Protocol):
 
 
 class CatalogPort(Protocol):
-    """Names, versions and aliases of tenants' adapters. All but `peek` may wait for the store: worker threads only.
+    """Names, versions and aliases of tenants' adapters. All but `peek` and `is_due` may wait for the store: worker
+    threads only.
 
     Raises AdapterNotFound, AdapterUnavailable, AdapterRefused, AdapterConflict.
     """
@@ -108,6 +109,12 @@ class CatalogPort(Protocol):
         """What `resolve` would say if it is known and fresh; never blocks."""
 
     def resolve(self, tenant: str, name: str, selector: str | None) -> AdapterManifest: ...
+
+    def is_due(self, tenant: str, name: str) -> bool:
+        """True, to one caller, when what `peek` tells will soon be too old; never blocks."""
+
+    def refresh(self, tenant: str, name: str, selector: str | None) -> None:
+        """Look into the store again before anybody has to wait for that."""
 
     def publish(
         self, tenant: str, name: str, config: bytes, weights: Path, *, alias: str | None, source: str

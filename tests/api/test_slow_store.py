@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,9 +57,9 @@ class StuckStore(DirectoryStore):
 
 
 @contextmanager
-def stuck(directory: Path) -> Iterator[tuple[Serving, StuckStore]]:
+def stuck(directory: Path, clock: Callable[[], float] = time.monotonic) -> Iterator[tuple[Serving, StuckStore]]:
     store = StuckStore(directory / "store")
-    catalog = AdapterCatalog(store, tiny_base(), DoorLimits(), check=check_adapter, scratch=directory)
+    catalog = AdapterCatalog(store, tiny_base(), DoorLimits(), check=check_adapter, scratch=directory, clock=clock)
     with serve(directory, catalog=catalog) as serving:
         try:
             yield serving, store
@@ -94,6 +94,25 @@ def test_cold_adapters_at_a_store_that_hangs_delay_neither_base_nor_warm_ones(tm
             store.go.set()
         for thread in cold:
             thread.join(20)
+
+
+def test_an_adapter_in_use_never_waits_for_a_look_into_a_store_that_hangs(tmp_path: Path) -> None:
+    now = [1000.0]
+    with stuck(tmp_path, lambda: now[0]) as (serving, store), serving.client("globex") as client:
+        serving.publish("globex", "support")
+        assert ask(client, "support").status_code == 200
+        store.go.clear()
+        now[0] += 12  # it is still used, and read ahead meanwhile
+        assert ask(client, "support").status_code == 200
+        until = time.monotonic() + 10
+        while not store.num_waiting:
+            assert time.monotonic() < until, "nobody reads ahead"
+            time.sleep(0.01)
+        now[0] += 4  # its time is over
+        began = time.monotonic()
+        assert ask(client, "support").status_code == 200
+        assert time.monotonic() - began < 5
+        assert store.num_waiting == 1
 
 
 def _ask_alone(serving: Serving, model: str) -> None:

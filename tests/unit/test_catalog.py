@@ -185,6 +185,35 @@ class TestRemembering:
         assert lab.catalog.peek("acme", "support") is None
         assert lab.store.calls.total() == calls
 
+    def test_a_name_in_use_is_read_ahead_once_and_nobody_waits_for_its_end(self, lab: Lab) -> None:
+        lab.publish("support", "one")
+        assert not lab.catalog.is_due("acme", "support")
+        lab.catalog.resolve("acme", "support")
+        lab.publish("support", "two", catalog=lab.open())
+        lab.clock.now += 11.2
+        assert not lab.catalog.is_due("acme", "support")
+        lab.clock.now += 0.1
+        assert [lab.catalog.is_due("acme", "support") for _ in range(3)] == [True, False, False]
+        calls = lab.store.calls.total()
+        lab.catalog.refresh("acme", "support")
+        assert lab.store.calls.total() > calls
+        assert lab.catalog.peek("acme", "support").version == 2
+        lab.clock.now += 11.2
+        assert lab.catalog.peek("acme", "support").version == 2
+        assert not lab.catalog.is_due("acme", "support")
+        lab.clock.now += 0.1
+        assert lab.catalog.is_due("acme", "support")
+
+    def test_a_store_that_fails_while_reading_ahead_leaves_what_was_known(self, lab: Lab) -> None:
+        lab.publish("support", "one")
+        lab.catalog.resolve("acme", "support")
+        lab.clock.now += 12
+        assert lab.catalog.is_due("acme", "support")
+        lab.store.is_down = True
+        lab.catalog.refresh("acme", "support")
+        assert lab.catalog.peek("acme", "support").version == 1
+        assert not lab.catalog.is_due("acme", "support")
+
     def test_a_herd_makes_one_listing_and_one_read_of_each_record(self, lab: Lab) -> None:
         lab.publish("support", "one")
         for selector in (None, "v1", "canary"):
