@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from adapters.errors import ObjectNotFound, ObjectTooLarge
 from adapters.manifest import canonical_json, tenant_prefix
 from adapters.store import BlobStore
 from app.training.progress import Progress
+from app.training.work import Steps, Turn
 
 if TYPE_CHECKING:
     from app.training.jobs import JobStore
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+COPY_BYTES = 16 << 20  # at a time: an answer that is being made waits for no more
 MAX_MANIFEST_BYTES = 1 << 20
 KEEP_STATES = 2  # the newest, and one before it in case that one does not verify
 STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
@@ -148,15 +150,18 @@ def _fence_of(name: str) -> int:
     return int(tail) if tail.isascii() and tail.isdigit() else 0
 
 
-def pack(progress: Progress, groups: Mapping[str, Mapping[str, Tensor]]) -> DurableState:
-    """A state of copies: training may go on while it is written."""
-    return DurableState(asdict(progress), dict(_flat(groups)))
-
-
-def _flat(groups: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def pack(progress: Progress, groups: Mapping[str, Mapping[str, Tensor]]) -> Steps[DurableState]:
+    """A state of copies: training may go on while it is written. Copied by pieces, and others go first in between; the
+    job itself must not go on meanwhile."""
+    facts, copies, num_bytes = asdict(progress), {}, 0
     for group, tensors in groups.items():
         for name, tensor in tensors.items():
-            yield f"{group}.{name}", tensor.detach().clone().cpu().contiguous()
+            if num_bytes >= COPY_BYTES:
+                num_bytes = 0
+                yield Turn()
+            copies[f"{group}.{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
+            num_bytes += tensor.nbytes
+    return DurableState(facts, copies)
 
 
 def _facts(path: Path) -> dict[str, Any]:

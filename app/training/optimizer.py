@@ -1,7 +1,7 @@
 """AdamW on an adapter's master weights: learning-rate schedule, clipping by the global norm, state as plain tensors.
 
 The step sizes depend on the step's number alone, so a run that is continued makes the steps it would have made.
-Engine thread only; the tensors that `state` returns are copies and may go to any thread.
+Engine thread only.
 """
 
 from __future__ import annotations
@@ -93,14 +93,14 @@ class AdapterOptimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the optimizer's tensors by `<parameter's number>.<name>`; empty before the first step.
+        """The optimizer's own tensors by `<parameter's number>.<name>`; empty before the first step.
 
         The moments have torch's names on every device, so a job may go on where the optimizer is another library's.
         """
         out = {}
         for number, parameter in enumerate(self._parameters):
             for name, value in self._inner.state.get(parameter, {}).items():
-                held = value.detach().clone().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+                held = value if isinstance(value, Tensor) else torch.tensor(value)
                 out[f"{number}.{PORTABLE_NAMES.get(name, name)}"] = held
         return out
 

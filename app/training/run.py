@@ -337,7 +337,8 @@ class JobRun:
         if t.best and t.progress.best_step != t.progress.step:
             groups["best"] = t.best
         reports = self._reporter.flush()
-        self._saving = self._thread.call(self._write_state, pack(t.progress, groups), reports)
+        state = yield from pack(t.progress, groups)
+        self._saving = self._thread.call(self._write_state, state, reports)
         self._saved_at = self._room.clock()
         if wait_for_it:
             yield from wait(self._saving)

@@ -26,7 +26,7 @@ from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult, micro_step
 from app.training.reaper import Reaper
 from app.training.run import JobRun, Workroom
-from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ReturnWanted, Spoiled, Wait, Work
+from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ReturnWanted, Spoiled, Turn, Wait, Work
 from app.training.work_queue import ClaimedJob
 
 logger = logging.getLogger(__name__)
@@ -362,6 +362,8 @@ class Trainer:
                 except TimeoutError:
                     self._let_go(job)  # the lease will run out
                     continue
+                self._resume(job)
+            elif isinstance(job.wants, Turn):  # a state is being copied
                 self._resume(job)
             else:
                 self._let_go(job)

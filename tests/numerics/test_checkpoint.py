@@ -9,7 +9,7 @@ import torch
 
 from adapters.errors import StoreUnavailable
 from adapters.store import DirectoryStore
-from app.training.checkpoint import STATE_FILE, TENSORS_FILE, DurableState, StateStore, pack
+from app.training.checkpoint import COPY_BYTES, STATE_FILE, TENSORS_FILE, DurableState, StateStore, pack
 from app.training.progress import Progress
 
 
@@ -26,7 +26,19 @@ def states(store: DirectoryStore, tmp_path: Path) -> StateStore:
 def state(step: int) -> DurableState:
     progress = Progress(step=step, pending={"train_loss": 0.5}, first_losses=[1.0, 2.0], best_loss=0.25)
     tensors = {"adapter": {"0.a": torch.full((2, 3), float(step))}, "optimizer": {"0.step": torch.tensor(step)}}
-    return pack(progress, tensors)
+    return packed(progress, tensors)
+
+
+def packed(progress: Progress, groups: dict[str, dict[str, torch.Tensor]], max_turns: int = 0) -> DurableState:
+    """Run `pack` to its end; it may let others go first so many times."""
+    steps = pack(progress, groups)
+    for _ in range(max_turns + 1):
+        try:
+            next(steps)
+        except StopIteration as end:
+            state: DurableState = end.value
+            return state
+    raise AssertionError("too many turns")
 
 
 def test_state_comes_back_as_it_was_written(states: StateStore) -> None:
@@ -41,9 +53,17 @@ def test_state_comes_back_as_it_was_written(states: StateStore) -> None:
 
 def test_packed_state_is_a_copy() -> None:
     tensor = torch.zeros(3)
-    packed = pack(Progress(), {"adapter": {"0.a": tensor}})
+    copied = packed(Progress(), {"adapter": {"0.a": tensor}})
     tensor.fill_(1)
-    assert not packed.tensors["adapter.0.a"].any()
+    assert not copied.tensors["adapter.0.a"].any()
+
+
+def test_large_state_is_copied_by_pieces() -> None:
+    tensors = {f"{n}.a": torch.full((COPY_BYTES // 8,), float(n)) for n in range(6)}  # two fill a piece
+    with pytest.raises(AssertionError, match="too many turns"):
+        packed(Progress(), {"adapter": tensors}, max_turns=1)
+    copied = packed(Progress(), {"adapter": tensors}, max_turns=2)
+    assert all(torch.equal(copied.part("adapter")[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("file", [STATE_FILE, TENSORS_FILE])
