@@ -130,7 +130,7 @@ def build_training(parts: Parts, *, trains: bool, serves: bool) -> TrainingSide:
         jobs,
         WorkQueue(parts.database, base_id=base.spec.id, base_digest=base.spec.digest),
         files,
-        base=trainable_base(base, settings.max_rank, settings.max_scale),
+        base=trainable_base(base, settings.max_rank, settings.max_scale, micro_batch_tokens(base, serves=serves)),
         renderer=parts.renderer,
         resolve_model=model_resolver(parts.catalog, jobs, base.spec.id),
         scratch=parts.scratch,
@@ -166,14 +166,19 @@ def build_trainer(parts: Parts, fine_tuning: FineTuning, *, serves: bool) -> Tra
         sampler=GreedySampler(engine, eos_ids=parts.renderer.eos_ids, max_context=base.shapes.max_context),
         store=parts.store,
         scratch=parts.scratch,
-        micro_batch_tokens=(MICRO_BATCH_TOKENS if serves else MICRO_BATCH_TOKENS_ALONE)[base.device.type],
+        micro_batch_tokens=micro_batch_tokens(base, serves=serves),
     )
     worker = f"{socket.gethostname()}-{os.getpid()}"
     wake = lambda: engine.call(lambda: None)
     return Trainer(room, worker=worker[:128], lease_s=parts.settings.job_lease_s, wake=wake)
 
 
-def trainable_base(base: BaseModel, max_rank: int, max_scale: float) -> TrainableBase:
+def micro_batch_tokens(base: BaseModel, *, serves: bool) -> int:
+    """Most tokens of one pass of a process that also answers prompts, or only trains."""
+    return (MICRO_BATCH_TOKENS if serves else MICRO_BATCH_TOKENS_ALONE)[base.device.type]
+
+
+def trainable_base(base: BaseModel, max_rank: int, max_scale: float, micro_batch_tokens: int) -> TrainableBase:
     shapes = base.shapes
     return TrainableBase(
         base.spec,
@@ -184,6 +189,7 @@ def trainable_base(base: BaseModel, max_rank: int, max_scale: float) -> Trainabl
         max_rank=max_rank,
         max_scale=max_scale,
         compute_bytes=base.dtype.itemsize,
+        micro_batch_tokens=micro_batch_tokens,
     )
 
 

@@ -38,6 +38,7 @@ class TrainableBase:
     max_rank: int  # largest rank that may be served
     compute_bytes: int = 2  # of one activation value
     max_scale: float = 128.0  # largest scaling, alpha over rank, that may be served
+    micro_batch_tokens: int = 0  # most tokens of one pass, if no sequence is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +198,14 @@ def estimate(
     tokens_per_s: float | None,
 ) -> CostEstimate:
     """Cost of a run of `total_steps`. `longest_tokens`: of one sequence; a micro-batch holds at least that many."""
+    at_once = max(longest_tokens, min(base.micro_batch_tokens, config.batch_size * longest_tokens))
     parameters = lora_parameters(base.spec, config.rank, config.target_modules)
     epochs_run = config.total_steps / config.steps_per_epoch(num_examples)
     tokens = round(epoch_tokens * epochs_run)
     widest = max((max(shape) for shape in base.spec.linears.values()), default=base.hidden_size)
     # Kept between layers: one hidden state per layer and token; within the layer at hand: about eight of its widest.
     per_token = base.compute_bytes * (base.num_layers * base.hidden_size + 8 * widest)
-    logits = min(longest_tokens, 256) * base.vocab_size * 4 * 2  # a chunk of fp32 logits and their gradient
-    memory = parameters * TRAINING_BYTES_PER_PARAMETER[config.optimizer] + longest_tokens * per_token + logits
+    logits = min(at_once, 256) * base.vocab_size * 4 * 2  # a chunk of fp32 logits and their gradient
+    memory = parameters * TRAINING_BYTES_PER_PARAMETER[config.optimizer] + at_once * per_token + logits
     duration = None if tokens_per_s is None else tokens / tokens_per_s
     return CostEstimate(config.total_steps, tokens, parameters, memory, duration)

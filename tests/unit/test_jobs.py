@@ -16,7 +16,7 @@ from adapters.manifest import BaseModelSpec
 from app.database import metadata, migrate, open_database, writing
 from app.errors import ModelNotFound, RateLimited, RequestInvalid
 from app.training import tables
-from app.training.config import TrainableBase, TrainingConfig, auto_batch_size, auto_epochs, resolve
+from app.training.config import TrainableBase, TrainingConfig, auto_batch_size, auto_epochs, estimate, resolve
 from app.training.figures import JOB_BUCKETS_S, TrainingFigures
 from app.training.job import (
     TRANSITIONS,
@@ -655,6 +655,21 @@ def test_asked_values_win_over_auto() -> None:
     assert (config.total_steps, config.warmup_steps) == (5, 1)
     assert config.target_modules == ("q_proj", "up_proj")
     assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+def test_estimated_memory_counts_the_micro_batch_and_the_optimizers_moments() -> None:
+    spec = JobSpec("tiny", PinnedFile("file-1", "0" * 64, 1), lora=LoraOptions(rank=4))
+
+    def memory(micro_batch_tokens: int, **training: Any) -> int:
+        base = replace(BASE, micro_batch_tokens=micro_batch_tokens)
+        config = resolve(replace(spec, training=TrainingOptions(**training)), 80, base)
+        facts = {"num_examples": 80, "epoch_tokens": 800, "longest_tokens": 10, "tokens_per_s": None}
+        return estimate(config, base, **facts).peak_memory_bytes
+
+    assert memory(0) == memory(10) < memory(40) < memory(80)
+    assert memory(80) == memory(8000), "a step of eight examples fills no more"
+    parameters = 4 * (8 + 8 + 8 + 16)
+    assert memory(0) - memory(0, optimizer="adamw_8bit") == 6 * parameters
 
 
 def test_job_of_another_base_is_left_to_its_workers(world: World) -> None:
