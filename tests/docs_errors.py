@@ -26,7 +26,7 @@ WORDS = {
     "invalid_upload_state": "The upload is completed, cancelled or expired.",
     "no_earlier_version": "The alias never pointed anywhere else.",
     "not_found": "There is no such object for this key. Check the id.",
-    "quota_exceeded": "This tenant's limit on bytes, adapters, jobs or endpoints is reached; waiting does not help.",
+    "quota_exceeded": "This tenant's limit on bytes, uploads, adapters, jobs or endpoints is reached. Delete some.",
     "unsupported_method": "The fine-tuning method is not trained here; supervised and dpo are.",
     "webhook_unreachable": "The endpoint did not answer the sample event with a status of 2xx.",
     "method_not_allowed": table.HTTP_CODES[405][1],

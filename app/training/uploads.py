@@ -28,7 +28,7 @@ from app.training.quota import require_room, require_upload
 LIFETIME_S = 3600.0
 MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
-MAX_REPEATS = 3  # of an upload's bytes, in all its parts
+MAX_COPIES = 3  # of an upload's bytes, in all its parts: one whose answer was lost is sent again
 
 
 class UploadNotFound(RequestInvalid):
@@ -111,11 +111,17 @@ class UploadStore:
         part = UploadPart(new_id("part_"), upload_id, self._wall())
         with reading(self._engine) as connection:
             self._require_room(connection, tenant, upload_id, size)
-        self._store.put_if_absent(_part_key(tenant, upload_id, part.id), path)
-        with writing(self._engine) as connection:
-            self._require_room(connection, tenant, upload_id, size)
-            values = {"id": part.id, "tenant": tenant, "upload_id": upload_id, "num_bytes": size}
-            connection.execute(sa.insert(tables.upload_parts).values(**values, created_at=part.created_at))
+        key = _part_key(tenant, upload_id, part.id)
+        self._store.put_if_absent(key, path)
+        try:
+            with writing(self._engine) as connection:
+                job_rows.lock_tenant(connection, tenant)
+                self._require_room(connection, tenant, upload_id, size)
+                values = {"id": part.id, "tenant": tenant, "upload_id": upload_id, "num_bytes": size}
+                connection.execute(sa.insert(tables.upload_parts).values(**values, created_at=part.created_at))
+        except RequestInvalid:  # cancelled or filled meanwhile: no row tells of this part
+            self._store.delete(key)
+            raise
         return part
 
     def _require_room(self, connection: Connection, tenant: str, upload_id: str, size: int) -> None:
@@ -126,8 +132,7 @@ class UploadStore:
         count, total = connection.execute(query.where(parts.c.upload_id == upload_id)).one()
         if count >= MAX_PARTS:
             raise RequestInvalid(f"An upload has at most {MAX_PARTS} parts.", param="data")
-        # A part whose answer was lost is sent again, so there may be more bytes here than the file will have.
-        if total + size > MAX_REPEATS * upload.num_bytes:
+        if total + size > MAX_COPIES * upload.num_bytes:
             raise RequestInvalid("The parts are far larger than the upload's bytes.", param="data")
 
     def complete(
@@ -202,23 +207,27 @@ class UploadStore:
         return upload
 
     def sweep(self) -> int:
-        """Delete the parts of uploads that were never completed; return how many uploads."""
-        table = tables.uploads
-        query = sa.select(table).where(table.c.status == "pending", table.c.expires_at <= self._wall()).limit(1000)
+        """End uploads that were never completed, and delete the parts of all that are over; return how many ended."""
+        table, parts = tables.uploads, tables.upload_parts
+        late = sa.update(table).where(table.c.status == "pending", table.c.expires_at <= self._wall())
+        has_parts = sa.exists().where(parts.c.upload_id == table.c.id)
         with writing(self._engine) as connection:
-            due = [_upload(row) for row in connection.execute(query)]
-            ids = [upload.id for upload in due]
-            connection.execute(sa.update(table).where(table.c.id.in_(ids)).values(status="expired"))
-        for upload in due:
+            num_ended = connection.execute(late.values(status="expired")).rowcount
+            over = sa.select(table).where(table.c.status != "pending", has_parts).limit(1000)
+            left = [_upload(row) for row in connection.execute(over)]
+        for upload in left:
             self._delete_parts(upload)
-        return len(due)
+        return num_ended
 
     def _delete_parts(self, upload: Upload) -> None:
+        """Of an upload that is over. The blobs go first: while there are rows, the sweep tries again."""
         parts = tables.upload_parts
         with reading(self._engine) as connection:
             ids = connection.execute(sa.select(parts.c.id).where(parts.c.upload_id == upload.id)).scalars().all()
         for part_id in ids:
             self._store.delete(_part_key(upload.tenant, upload.id, part_id))
+        with writing(self._engine) as connection:
+            connection.execute(sa.delete(parts).where(parts.c.upload_id == upload.id))
 
     def _load(self, connection: Connection, tenant: str, upload_id: str) -> Upload:
         """The upload, `expired` once its time is over. Raises UploadNotFound."""

@@ -22,7 +22,7 @@ from app.training.files import FileLimits, FileNotFound, FileStore, FileTooLarge
 from app.training.jobs import JobStore, NewJob
 from app.training.quota import MAX_PENDING_UPLOADS
 from app.training.spec import JobSpec, PinnedFile
-from app.training.uploads import LIFETIME_S, MAX_REPEATS, UploadNotFound, UploadStore
+from app.training.uploads import LIFETIME_S, MAX_COPIES, UploadNotFound, UploadStore
 
 
 class World:
@@ -309,7 +309,7 @@ def test_pending_uploads_and_their_parts_are_bounded(world: World) -> None:
         world.uploads.create("acme", NewFile("f"), 10)
     assert refused.value.code == "quota_exceeded"
     world.now += LIFETIME_S - 1
-    for _ in range(MAX_REPEATS):  # answers that were lost
+    for _ in range(MAX_COPIES):  # answers that were lost
         world.uploads.add_part("acme", uploads[0].id, world.path(b"1234567890"))
     with pytest.raises(RequestInvalid, match="far larger"):
         world.uploads.add_part("acme", uploads[0].id, world.path(b"1"))
@@ -370,6 +370,38 @@ def test_forgotten_upload_expires_and_is_swept(world: World) -> None:
     with pytest.raises(RequestInvalid, match="expired"):
         world.uploads.complete("acme", upload_id, parts)
     assert world.uploads.sweep() == 1
+    assert world.blobs() == []
+
+
+def test_parts_that_the_store_did_not_delete_are_swept_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id, _ = send(world, [b"a\n"])
+
+    def down(key: str) -> None:
+        raise StoreUnavailable
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "delete", down)
+        with pytest.raises(StoreUnavailable):
+            world.uploads.cancel("acme", upload_id)
+    assert len(world.blobs()) == 1
+    assert world.uploads.sweep() == 0
+    assert world.blobs() == []
+
+
+def test_part_that_comes_while_its_upload_is_cancelled_leaves_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_id, _ = send(world, [b"a\n"], num_bytes=100)
+    put = world.store.put_if_absent
+
+    def slow(key: str, data: bytes | Path) -> bool:
+        created = put(key, data)
+        world.uploads.cancel("acme", upload_id)
+        return created
+
+    monkeypatch.setattr(world.store, "put_if_absent", slow)
+    with pytest.raises(RequestInvalid, match="cancelled"):
+        world.uploads.add_part("acme", upload_id, world.path(b"b\n"))
     assert world.blobs() == []
 
 
