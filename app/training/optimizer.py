@@ -101,19 +101,20 @@ class AdapterOptimizer:
         for number, parameter in enumerate(self._parameters):
             for name, value in self._inner.state.get(parameter, {}).items():
                 held = value if isinstance(value, Tensor) else torch.tensor(value)
-                out[f"{number}.{PORTABLE_NAMES.get(name, name)}"] = held
+                out[_portable(f"{number}.{name}")] = held
         return out
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave. Raises ValueError when it is not of this adapter and kind of optimizer."""
+        state = {_portable(key): tensor for key, tensor in state.items()}
         self._inner.state.clear()
         if not state:
             return
         # A step of size zero lets the optimizer make its buffers where it wants them: paged, 8-bit or plain.
         self._apply([torch.zeros_like(parameter) for parameter in self._parameters], 1.0, 0.0)
         made = {
-            f"{n}.{PORTABLE_NAMES.get(name, name)}": (self._inner.state[p], name)
+            _portable(f"{n}.{name}"): (self._inner.state[p], name)
             for n, p in enumerate(self._parameters)
             for name in self._inner.state[p]
         }
@@ -127,3 +128,9 @@ class AdapterOptimizer:
                 value.copy_(state[key])
             else:
                 held[name] = type(value)(state[key].item())
+
+
+def _portable(key: str) -> str:
+    """`<parameter's number>.<name>` with torch's name."""
+    number, name = key.split(".", 1)
+    return f"{number}.{PORTABLE_NAMES.get(name, name)}"

@@ -133,6 +133,39 @@ def test_eight_bit_moments_step_nearly_as_those_of_thirty_two_and_take_a_quarter
     assert moments(exact) == 4 * moments(quantized)
 
 
+def test_a_job_goes_on_with_another_librarys_optimizer() -> None:
+    """Small parameters have moments of 32 bits in bitsandbytes' optimizer too, as all have in the one used on CUDA."""
+    whole, moved = adapter(), adapter()
+    torchs = AdapterOptimizer(whole, SCHEDULE, max_grad_norm=1.0)
+    theirs = AdapterOptimizer(moved, SCHEDULE, max_grad_norm=1.0, kind="adamw_8bit")
+    for step in range(3):
+        for trained, optimizer in ((whole, torchs), (moved, theirs)):
+            add_gradients(trained, step)
+            optimizer.step(step)
+    state = theirs.state()
+    assert set(state) == set(torchs.state())
+    # As it was named before the names were the same everywhere.
+    old = {key.replace("exp_avg_sq", "state2").replace("exp_avg", "state1"): tensor for key, tensor in state.items()}
+    for kept in (state, old):
+        resumed = adapter()
+        with torch.no_grad():
+            for parameter, value in zip(resumed.parameters, weights(moved), strict=True):
+                parameter.copy_(value)
+        continued = AdapterOptimizer(resumed, SCHEDULE, max_grad_norm=1.0)
+        continued.restore(kept)
+        reference = AdapterOptimizer(whole, SCHEDULE, max_grad_norm=1.0)
+        reference.restore({key: tensor.clone() for key, tensor in torchs.state().items()})
+        before = weights(whole)
+        for trained, optimizer in ((whole, reference), (resumed, continued)):
+            add_gradients(trained, 3)
+            optimizer.step(3)
+        for got, want in zip(weights(resumed), weights(whole), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for parameter, value in zip(whole.parameters, before, strict=True):
+                parameter.copy_(value)
+
+
 def test_state_of_another_kind_of_optimizer_is_refused() -> None:
     trained = adapter(shapes=LARGE)
     optimizer = AdapterOptimizer(trained, SCHEDULE, max_grad_norm=1.0, kind="adamw_8bit")
