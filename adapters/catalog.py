@@ -165,7 +165,8 @@ class AdapterCatalog:
     def refresh(self, tenant: str, name: str, selector: str | None = None) -> None:
         """Look into the store again before anybody has to wait for that. Raises what `resolve` raises."""
         with _store_errors_translated():
-            self._look_up((tenant, name), selector, self._clock())
+            self._adapters.reread((tenant, name))
+            self._look_up((tenant, name), selector, None)  # imports a plain directory that has changed
 
     def list(self, tenant: str) -> Summaries:
         """All adapters of a tenant by name, plain directories that nobody has asked for yet included."""

@@ -134,23 +134,44 @@ class Remembered(Generic[K, V]):
                 return flight.reading
 
     def peek(self, key: K) -> V | None:
-        """Return the value if it needs no reading; never blocks."""
+        """Return the value if it needs no reading, or if somebody is reading it anew; never blocks."""
         with self._lock:
             known = self._find(key)
-            return self._used(key, known).value if known is not None and self._clock() < known.fresh_until else None
+            if known is None:
+                return None
+            flight = self._flights.get(key)
+            is_being_read = flight is not None and not flight.is_outdated
+            return self._used(key, known).value if is_being_read or self._clock() < known.fresh_until else None
 
     def is_due(self, key: K) -> bool:
-        """True, to one caller, when a value in use will not be fresh for long: `get` it anew, with `read_since`, and
-        nobody has to wait when its time is over. Never blocks."""
+        """True, to one caller, when a value in use will not be fresh for long: `reread` it, and nobody has to wait when
+        its time is over. Never blocks.
+
+        While the store fails that is so each time when it may be tried again; the value is used a little longer then.
+        """
         with self._lock:
-            known = self._present.get(key)
-            if known is None or known.is_stale or known.is_claimed or key in self._flights:
+            known, now = self._present.get(key), self._clock()
+            if known is None or key in self._flights:
                 return False
+            if known.is_stale:
+                if now < known.fresh_until or now - known.read_at >= self._times.stale_s:
+                    return False
+                self._present[key] = replace(known, fresh_until=now + self._times.retry_s)
+                return True
             due_at = known.read_at + READ_AHEAD * (known.fresh_until - known.read_at)
-            if not due_at <= self._clock() < known.fresh_until:
+            if known.is_claimed or not due_at <= now < known.fresh_until:
                 return False
             self._present[key] = replace(known, is_claimed=True)
             return True
+
+    def reread(self, key: K) -> None:
+        """Read the value anew, unless somebody does so now. Blocks on the store. Raises StoreErrors."""
+        with self._lock:
+            if key in self._flights:
+                return
+            known, flight = self._find(key), _Flight[V]()
+            self._flights[key] = flight
+        self._lead(key, known, flight)
 
     def expire(self, key: K, in_s: float) -> None:
         """Have the value read again in `in_s` seconds, if that is sooner than planned."""
@@ -185,8 +206,12 @@ class Remembered(Generic[K, V]):
     def _used(self, key: K, known: Reading[V]) -> Reading[V]:
         kept = self._present if key in self._present else self._absent
         kept.move_to_end(key)
-        self.num_stale_served += known.is_stale
+        self.num_stale_served += self._is_too_old(known)
         return known
+
+    def _is_too_old(self, known: Reading[V]) -> bool:
+        """For a store that does not fail."""
+        return known.is_stale and self._clock() - known.read_at >= self._times.present_s
 
     def _lead(self, key: K, known: Reading[V] | None, flight: _Flight[V]) -> Reading[V]:
         """Read for everyone who waits. Whatever happens, the flight ends."""
@@ -229,7 +254,8 @@ class Remembered(Generic[K, V]):
                 if len(self._failed) > self._capacity:
                     self._failed.popitem(last=False)
                 return None
-            stale = replace(known, fresh_until=retry_at, is_stale=True)
+            # What was read ahead of its time keeps its time.
+            stale = replace(known, fresh_until=max(retry_at, known.fresh_until), is_stale=True)
             self._keep(key, stale)
-            self.num_stale_served += 1
+            self.num_stale_served += self._is_too_old(stale)
             return stale

@@ -94,7 +94,9 @@ async def resolve_model(context: ApiContext, caller: Caller, model: str) -> Adap
         raise model_not_found(model)
     try:
         if isinstance(name, FineTunedName):
-            return await context.store(find_fine_tuned, services, name)
+            manifest = await context.store(find_fine_tuned, services, name)
+            read_ahead(context, manifest.tenant, manifest.name)
+            return manifest
         return await resolve_adapter(context, caller.tenant, name)
     except (AdapterNotFound, AdapterNameInvalid):
         raise model_not_found(model) from None
@@ -103,12 +105,18 @@ async def resolve_model(context: ApiContext, caller: Caller, model: str) -> Adap
 async def resolve_adapter(context: ApiContext, tenant: str, name: AdapterName) -> AdapterManifest:
     """What is known is answered at once; only the rest costs a worker thread and perhaps a look at the store."""
     catalog = context.services.catalog
+    read_ahead(context, tenant, name.name, name.selector)
     manifest = catalog.peek(tenant, name.name, name.selector)
-    if manifest is None:
-        return await context.store(catalog.resolve, tenant, name.name, name.selector)
-    if catalog.is_due(tenant, name.name):
-        context.later(context.store(catalog.refresh, tenant, name.name, name.selector))
-    return manifest
+    if manifest is not None:
+        return manifest
+    return await context.store(catalog.resolve, tenant, name.name, name.selector)
+
+
+def read_ahead(context: ApiContext, tenant: str, name: str, selector: str | None = None) -> None:
+    """Have the store looked into for a name in use before a request has to wait for that."""
+    catalog = context.services.catalog
+    if catalog.is_due(tenant, name):
+        context.later(catalog.refresh, tenant, name, selector)
 
 
 def find_fine_tuned(services: Services, name: FineTunedName) -> AdapterManifest:

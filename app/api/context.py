@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
 from fastapi import Depends, Request
 
+from adapters.errors import AdapterError
 from adapters.manifest import AdapterManifest
 from app.api.engine_client import EngineClient
 from app.api.generation import Generation
 from app.api.middleware import RequestFacts, facts_of
 from app.api.services import Services
-from app.errors import ServerBusy
+from app.errors import LodgerError, ServerBusy
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 # Calls at a time, each kind by itself: what waits for a slow store holds up nobody who only asks the database.
 MAX_DATABASE_CALLS = 8
 MAX_STORE_CALLS = 32  # catalog and store
+MAX_BACKGROUND_CALLS = 8  # looks into the store ahead of time
 MAX_DISK_CALLS = 8  # scratch files of uploads that are coming in
 MAX_LONG_CALLS = 4  # checks and copies of whole files
 MAX_LONG_CALLS_PER_TENANT = 2
@@ -72,6 +74,7 @@ class ApiContext:
         self._long = _Shares(MAX_LONG_CALLS, MAX_LONG_CALLS_PER_TENANT)
         self._preflights = _Shares(MAX_PREFLIGHTS, MAX_PREFLIGHTS_PER_TENANT)
         self._renders = anyio.CapacityLimiter(MAX_RENDERS)
+        self._background = anyio.CapacityLimiter(MAX_BACKGROUND_CALLS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def database(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -98,16 +101,18 @@ class ApiContext:
         """Run a long computation on text in a worker thread."""
         return await anyio.to_thread.run_sync(partial(call, *args, **kwargs), limiter=self._renders)
 
-    def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Have something done that no request waits for. What it raises is told by whoever does it first in earnest."""
-        task = asyncio.create_task(work)
+    def later(self, call: Callable[P, object], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Run a call that no request waits for, and that may wait for the store, in a worker thread. What it raises is
+        for whoever does the same in earnest."""
+        task = asyncio.create_task(self._in_background(partial(call, *args, **kwargs)))
         self._tasks.add(task)  # the loop itself keeps no hold on it
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._tasks.discard)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.debug("work in the background failed", exc_info=error)
+    async def _in_background(self, call: Callable[[], object]) -> None:
+        try:
+            await anyio.to_thread.run_sync(call, limiter=self._background)
+        except (AdapterError, LodgerError) as exc:
+            logger.debug("a call in the background failed: %s", exc)
 
     def retry_after_s(self) -> float:
         return self.client.retry_after_s(self.services.snapshot().num_waiting)

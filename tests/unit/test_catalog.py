@@ -211,8 +211,21 @@ class TestRemembering:
         assert lab.catalog.is_due("acme", "support")
         lab.store.is_down = True
         lab.catalog.refresh("acme", "support")
+        assert lab.catalog.num_stale_served == 0, "it is not too old yet"
         assert lab.catalog.peek("acme", "support").version == 1
         assert not lab.catalog.is_due("acme", "support")
+        for _ in range(3):  # each time when the store may be tried again, somebody does so and nobody waits
+            lab.clock.now += 3.1
+            calls = lab.store.calls.total()
+            assert [lab.catalog.is_due("acme", "support") for _ in range(2)] == [True, False]
+            assert lab.catalog.peek("acme", "support").version == 1
+            assert lab.store.calls.total() == calls
+            lab.catalog.refresh("acme", "support")
+            assert lab.store.calls.total() == calls + 1
+        assert lab.catalog.num_stale_served > 0
+        lab.clock.now += 86_400
+        assert not lab.catalog.is_due("acme", "support")
+        assert lab.catalog.peek("acme", "support") is None
 
     def test_a_herd_makes_one_listing_and_one_read_of_each_record(self, lab: Lab) -> None:
         lab.publish("support", "one")
