@@ -140,8 +140,13 @@ class _Load(Generic[H]):
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[tuple[DiskFile, DiskFile]]:
-        config = _in_thread(self._config.file)
         with contextlib.ExitStack() as leases:
+            known = self._config.known()
+            if known is not None:
+                leases.enter_context(known)
+                yield known, leases.enter_context(self._weights.file())
+                return
+            config = _in_thread(self._config.fetched)
             try:
                 weights = leases.enter_context(self._weights.file())
             finally:  # whatever became of the weights, the config's lease ends here
@@ -165,6 +170,10 @@ class _FileLoad:
 
     def file(self) -> DiskFile:
         """The file, leased and checked. Raises AdapterErrors and LoadFailed."""
+        return self.known() or self.fetched()
+
+    def known(self) -> DiskFile | None:
+        """The file if it is on disk and sound."""
         tenant, fact = self._tenant, self._fact
         file = self._disk.open(tenant, fact.sha256)
         if file is not None:
@@ -177,10 +186,14 @@ class _FileLoad:
             except BaseException:
                 file.release()
                 raise
+        return None
+
+    def fetched(self) -> DiskFile:
+        """The file from the store."""
         self.is_from_store = True
         for _ in range(FETCH_ATTEMPTS):
             with contextlib.suppress(_WrongBytes):
-                return self._fetch(fact)
+                return self._fetch(self._fact)
         raise AdapterDigestMismatch()
 
     def _fetch(self, fact: FileFact) -> DiskFile:

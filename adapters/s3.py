@@ -85,7 +85,7 @@ class S3Store:
         read_timeout_s: float = 8.0,
         object_timeout_s: float = 20.0,
         max_attempts: int = 3,
-        pool_connections: int = 16,
+        pool_connections: int = 32,
         upload_checksums: Literal["when_required", "when_supported"] = "when_required",
         clock: Callable[[], float] = time.monotonic,
         on_call: Callable[[str, str, float], None] | None = None,
