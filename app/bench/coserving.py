@@ -80,8 +80,7 @@ def measure_coserving(
     jobs = make_jobs(replace(spec, cold_share=0.0), concurrency, vocab_size)
     full = call("serve", jobs, concurrency, (), 0.0, WINDOW_S).trace
     alone, idle = (float(call(method, WINDOW_S)) for method in ("train_alone", "train_idle"))
-    on = () if spec.train == "off" else tuple(sorted(training_shares))
-    shares = on if spec.train == "on" else (0.0, *on)
+    shares = ((0.0,) if spec.train == "both" else ()) + tuple(sorted(training_shares))
     points = []
     for load in spec.loads:
         windows: dict[float, list[Window]] = {share: [] for share in shares}
@@ -89,7 +88,7 @@ def measure_coserving(
         for number in range(spec.rounds):
             seed = f"{spec.seed}/{load}/{number}"
             arrivals = [] if load >= 1 else random_arrivals(jobs, count, WINDOW_S, seed=seed)
-            for share in shares:
+            for share in shares if number % 2 == 0 else reversed(shares):  # what a window leaves behind meets each
                 windows[share].append(call("serve", jobs, concurrency, arrivals, share, WINDOW_S))
         kinds = {share: _kind(share, found) for share, found in windows.items()}
         points.append(LoadPoint(load, kinds.pop(0.0, None), tuple(kinds.values())))

@@ -51,7 +51,7 @@ def write_coserving_plot(report: Report, path: Path) -> None:
         for kind, (kept, slower) in zip(point.on, shares[1:], strict=False):
             text = f"{kind.training_share:g}"
             axis.annotate(text, (kept, slower), textcoords="offset points", xytext=(6, -3), fontsize=8)
-        rightmost = max(rightmost, shares[-1][0])
+        rightmost = max(rightmost, *(kept for kept, _ in shares))
     axis.legend(title="at each point: training's share", fontsize=8, title_fontsize=8)
     axis.axhline(1.5, color="0.6", linestyle="--", linewidth=1)
     axis.set_xlabel("training speed kept, % of training alone")

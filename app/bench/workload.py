@@ -129,6 +129,8 @@ def _problems(
         (s.mode not in MODES, "--mode", f"one of {', '.join(MODES)}"),
         (s.baseline not in BASELINES, "--baseline", f"one of {', '.join(BASELINES)}"),
         (s.train not in TRAINING, "--train", f"one of {', '.join(TRAINING)}"),
+        (s.train == "off" and s.loads != WorkloadSpec().loads, "--loads", "goes with --train on or both"),
+        (s.train == "off" and bool(s.training_shares), "--training-shares", "goes with --train on or both"),
         (not s.loads or not all(0 < load <= 1 for load in s.loads), "--loads", "numbers above 0, at most 1"),
         (len(set(s.loads)) < len(s.loads), "--loads", "a number stands there twice"),
         (not all(0 < x <= 0.9 for x in s.training_shares), "--training-shares", "numbers above 0, at most 0.9"),
