@@ -34,11 +34,11 @@ from app.training.fine_tuning import FineTuning
 from app.training.jobs import JobStore
 from app.training.permissions import Permissions
 from app.training.publish import FINE_TUNED_MODEL, AdapterOutput
-from app.training.run import Workroom
 from app.training.trainer import Trainer
 from app.training.uploads import UploadStore
 from app.training.webhooks import Webhooks
 from app.training.work_queue import WorkQueue
+from app.training.workroom import Workroom
 
 logger = logging.getLogger(__name__)
 
@@ -187,9 +187,9 @@ def trainable_base(base: BaseModel, max_rank: int, max_scale: float, micro_batch
         num_layers=shapes.num_layers,
         vocab_size=shapes.vocab_size,
         max_rank=max_rank,
+        micro_batch_tokens=micro_batch_tokens,
         max_scale=max_scale,
         compute_bytes=base.dtype.itemsize,
-        micro_batch_tokens=micro_batch_tokens,
     )
 
 

@@ -28,10 +28,10 @@ from app.training.fine_tuning import FineTuning, JobRequest
 from app.training.job import Job
 from app.training.jobs import JobStore
 from app.training.publish import AdapterOutput
-from app.training.run import Workroom
 from app.training.spec import Hyperparameters, LoraOptions
 from app.training.trainer import Trainer
 from app.training.work_queue import WorkQueue
+from app.training.workroom import Workroom
 
 TENANT = "acme"
 WORDS = ("red", "green", "blue", "north", "south", "hello", "user", "the", "a", "is")
@@ -91,6 +91,7 @@ class Rig:
             num_layers=base.shapes.num_layers,
             vocab_size=base.shapes.vocab_size,
             max_rank=64,
+            micro_batch_tokens=self.micro_batch_tokens,
             compute_bytes=base.dtype.itemsize,
         )
         self.fine_tuning = FineTuning(
@@ -139,6 +140,7 @@ class Rig:
             lease_s=self.lease_s,
             wake=lambda: self.engine.call(lambda: None),
             max_jobs=self.max_jobs,
+            rest_s=0.02,
             poll_s=0.02,
         )
         self.engine.trainer = self.trainer

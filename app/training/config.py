@@ -22,8 +22,9 @@ LARGE_BASE_PARAMETERS = 33e9
 ALPHA = 32.0
 MANY_EXAMPLES = 10_000
 FEW_EXAMPLES = 500
-# fp32 weight and gradient, and two moments of four bytes or of one.
-TRAINING_BYTES_PER_PARAMETER: dict[OptimizerKind, int] = {"adamw": 16, "adamw_8bit": 10}
+BYTES_PER_TRAINED = 16  # fp32 weight, gradient and two moments
+BYTES_PER_TRAINED_8BIT = 10
+MIN_8BIT_NUMBERS = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,9 @@ class TrainableBase:
     num_layers: int
     vocab_size: int
     max_rank: int  # largest rank that may be served
+    micro_batch_tokens: int  # most tokens of one pass, if no example is longer
     compute_bytes: int = 2  # of one activation value
     max_scale: float = 128.0  # largest scaling, alpha over rank, that may be served
-    micro_batch_tokens: int = 0  # most tokens of one pass, if no sequence is longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,16 @@ def lora_parameters(base: BaseModelSpec, rank: int, target_modules: tuple[str, .
     return sum(rank * (i + o) for path, (i, o) in base.linears.items() if path.rsplit(".", 1)[1] in targets)
 
 
+def training_state_bytes(config: TrainingConfig, base: BaseModelSpec) -> int:
+    """Weights, gradients and moments."""
+    targets = set(config.target_modules)
+    shapes = [shape for path, shape in base.linears.items() if path.rsplit(".", 1)[1] in targets]
+    sizes = [config.rank * features for shape in shapes for features in shape]  # A is rank x in, B is out x rank
+    is_8bit = [config.optimizer == "adamw_8bit" and size >= MIN_8BIT_NUMBERS for size in sizes]
+    each = [BYTES_PER_TRAINED_8BIT if small else BYTES_PER_TRAINED for small in is_8bit]
+    return sum(size * num_bytes for size, num_bytes in zip(sizes, each, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
     """What a job will take. Memory is what training adds to a serving process, without another copy of the base."""
@@ -198,7 +209,8 @@ def estimate(
     tokens_per_s: float | None,
 ) -> CostEstimate:
     """Cost of a run of `total_steps`. `longest_tokens`: of one sequence; a micro-batch holds at least that many."""
-    at_once = max(longest_tokens, min(base.micro_batch_tokens, config.batch_size * longest_tokens))
+    example_tokens = longest_tokens * (1 if config.beta is None else 2)  # a preference is two sequences
+    at_once = max(example_tokens, min(base.micro_batch_tokens, config.batch_size * example_tokens))
     parameters = lora_parameters(base.spec, config.rank, config.target_modules)
     epochs_run = config.total_steps / config.steps_per_epoch(num_examples)
     tokens = round(epoch_tokens * epochs_run)
@@ -206,6 +218,6 @@ def estimate(
     # Kept between layers: one hidden state per layer and token; within the layer at hand: about eight of its widest.
     per_token = base.compute_bytes * (base.num_layers * base.hidden_size + 8 * widest)
     logits = min(at_once, 256) * base.vocab_size * 4 * 2  # a chunk of fp32 logits and their gradient
-    memory = parameters * TRAINING_BYTES_PER_PARAMETER[config.optimizer] + at_once * per_token + logits
+    memory = training_state_bytes(config, base.spec) + at_once * per_token + logits
     duration = None if tokens_per_s is None else tokens / tokens_per_s
     return CostEstimate(config.total_steps, tokens, parameters, memory, duration)

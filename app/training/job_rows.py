@@ -83,11 +83,12 @@ def move(connection: Connection, job: Job, to: JobStatus, now: float, **values: 
     return True
 
 
-def put_back(connection: Connection, job: Job, to: JobStatus, now: float, note: str, **values: Any) -> bool:
-    """Take the job from its worker. The fence rises at once, so the worker's later writes are refused. Publishing is
-    repeated whole by whoever comes next: until then the job can be cancelled again."""
-    taken = {"worker": None, "fence": job.fence + 1, "is_publishing": False}
-    return move(connection, job, to, now, resume_note=note, **taken, **values)
+def put_back(connection: Connection, job: Job, to: JobStatus, now: float, note: str | None, **values: Any) -> bool:
+    """Take the job from its worker. The fence rises at once, so the worker's later writes are refused.
+
+    A job that was being published stays so, and cannot be cancelled: its version may be live already.
+    """
+    return move(connection, job, to, now, worker=None, fence=job.fence + 1, resume_note=note, **values)
 
 
 def add_event(

@@ -20,14 +20,17 @@ def has_unclaimed(connection: Connection, status: JobStatus, base_digest: str | 
 
 
 def unclaimed(connection: Connection, status: JobStatus, base_digest: str | None = None) -> dict[str, Any]:
-    """What `claim_order` asks for: unclaimed jobs of `status`, jobs at work per tenant, last turns.
+    """What `claim_order` asks for: unclaimed jobs of `status`, per tenant those of the kind at work, last turns.
 
-    With a `base_digest`, jobs made for another base are left out.
+    With a `base_digest`, jobs made for another base are left out. A file that is being validated takes no place from a
+    tenant's training, nor the other way round.
     """
     jobs, turns = tables.jobs, tables.turns
+    is_validating = jobs.c.status == JobStatus.VALIDATING.value
+    of_kind = is_validating if status is JobStatus.VALIDATING else ~is_validating
     free = _free(status, base_digest)
     rows = connection.execute(sa.select(jobs.c.id, jobs.c.tenant, jobs.c.priority, jobs.c.seq).where(free))
-    busy = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.worker.is_not(None))).scalars()
+    busy = connection.execute(sa.select(jobs.c.tenant).where(jobs.c.worker.is_not(None), of_kind)).scalars()
     served = connection.execute(sa.select(turns.c.tenant, turns.c.turn))
     return {
         "waiting": [Waiting(*row) for row in rows],

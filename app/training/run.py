@@ -7,32 +7,24 @@ again: a run that is killed at any point and continued elsewhere ends with the s
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, ParamSpec, TypeVar
 
-from adapters.errors import AdapterNormTooLarge, AdapterRefused, AdapterValuesNotFinite
 from adapters.manifest import AdapterManifest
-from adapters.store import BlobStore
-from app.engine.base_model import BaseModel
 from app.engine.engine import is_out_of_memory
 from app.training.batching import micro_batches
-from app.training.checkpoint import DurableState, StateStore, pack
-from app.training.evaluate import GreedySampler, HeldOut, bare_base, eos_rate, measure, sample_prompts
+from app.training.checkpoint import DurableState, pack
+from app.training.ending import judge_adapter, pack_adapter, publish_adapter
+from app.training.evaluate import HeldOut, bare_base, measure
 from app.training.faults import FAULTS, lasting_error
-from app.training.fine_tuning import FineTuning
-from app.training.gate import GateFacts, Verdict, judge, start_and_end
-from app.training.job import JobError, JobNotFound, StaleFence, StepMetrics, Succeeded
-from app.training.job_thread import JobThread
+from app.training.job import JobError, JobNotFound, StaleFence, StepMetrics
 from app.training.micro_step import PartResult
 from app.training.prepare import DataRefused
 from app.training.progress import Progress
-from app.training.publish import AdapterOutput, PackedAdapter
-from app.training.report import Reporter, write_result_file
-from app.training.setting_up import UNTRAINED_DPO_LOSS, Trainee, fixed_adapter, set_up
+from app.training.report import Reporter
+from app.training.setting_up import UNTRAINED_DPO_LOSS, Trainee, set_up
 from app.training.watchdog import has_diverged
 from app.training.work import (
     Compute,
@@ -45,7 +37,7 @@ from app.training.work import (
     part_of,
     wait,
 )
-from app.training.work_queue import ClaimedJob
+from app.training.workroom import Desk, JobFailed
 
 logger = logging.getLogger(__name__)
 
@@ -60,29 +52,6 @@ MIN_STEPS_BETWEEN_VALID = 5
 VALID_BATCH = 8  # examples
 
 
-@dataclass(frozen=True, slots=True)
-class Workroom:
-    """What all jobs of a process share."""
-
-    base: BaseModel
-    fine_tuning: FineTuning
-    output: AdapterOutput
-    sampler: GreedySampler
-    store: BlobStore
-    scratch: Path
-    micro_batch_tokens: int  # of a micro-step, padding counted; fixed, since another cut rounds differently
-    state_every_s: float = 60.0  # between two durable states; each epoch ends with one anyway
-    clock: Callable[[], float] = time.monotonic
-
-
-class JobFailed(Exception):
-    """The job cannot go on, for a reason that its owner is told."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.error = JobError(code, message)
-
-
 class Diverged(Exception):
     """Loss or gradients went astray in the last step."""
 
@@ -90,19 +59,19 @@ class Diverged(Exception):
 class JobRun:
     """One claimed job in this process. `steps` is its life; `may_interrupt` says whether it may be thrown into now."""
 
-    def __init__(self, room: Workroom, claim: ClaimedJob, thread: JobThread, scratch: Path) -> None:
-        self._room, self._claim, self._thread, self._scratch = room, claim, thread, scratch
-        self._queue, self._job = room.fine_tuning.queue, claim.job
-        self._states = StateStore(room.store, claim.job.tenant, claim.id, scratch=scratch)
-        self._reporter = Reporter(self._queue, claim, thread)
+    def __init__(self, desk: Desk) -> None:
+        self._desk, self._room = desk, desk.room
+        self._claim, self._queue, self._states = desk.claim, desk.queue, desk.states
+        self._reporter = Reporter(desk.queue, desk.claim, desk.thread)
         self._trainee: Trainee | None = None
         self._saving: Future[None] | None = None
-        self._saved_at = room.clock()
+        self._saved_at = desk.room.clock()
         self.may_interrupt = True
+        self.met_fault = False  # one that may pass: the job was given back
 
     @property
     def tenant(self) -> str:
-        return self._job.tenant
+        return self._desk.job.tenant
 
     @property
     def progress(self) -> Progress:
@@ -124,7 +93,7 @@ class JobRun:
             refusal = JobError(refused.code, str(refused), refused.param)
             yield from self._call(self._queue.fail, self._claim, refusal, data=refused.findings.to_dict())
         except ReturnWanted:
-            yield from self._call(self._queue.release, self._claim)
+            yield from self._call(self._queue.release, self._claim, is_told=True)
         except PauseWanted:
             if not (yield from self._call(self._queue.paused, self._claim)):
                 yield from self._call(self._queue.release, self._claim)
@@ -135,6 +104,7 @@ class JobRun:
             extra = {"action": "job_given_back" if lasting is None else "job_failed", "job": self._claim.id}
             logger.warning("a job met a fault", extra=extra, exc_info=exc)
             if lasting is None:
+                self.met_fault = True
                 yield from self._call(self._queue.release, self._claim)
             else:
                 yield from self._call(self._queue.fail, self._claim, lasting)
@@ -150,11 +120,11 @@ class JobRun:
             yield from self._call(self._queue.fail, self._claim, JobError("server_error", message))
 
     def _work(self) -> Steps[None]:
-        self._trainee = yield from set_up(self._room, self._claim, self._thread, self._states, self._scratch)
+        self._trainee = yield from set_up(self._desk)
         while True:
             try:
                 yield from self._train()
-                packed, verdict = yield from self._judge()
+                packed, verdict = yield from judge_adapter(self._desk, self._t)
                 break
             except OutOfMemory:
                 yield from self._shrink()
@@ -168,7 +138,9 @@ class JobRun:
                 yield from self._save(wait_for_it=True)
                 raise
         self.may_interrupt = False
-        yield from self._publish(packed, verdict)
+        yield from self._save(wait_for_it=True)
+        yield from publish_adapter(self._desk, self._t, packed, verdict)
+        yield from self._call(self._states.clear)
 
     def _train(self) -> Steps[None]:
         t, progress = self._t, self._t.progress
@@ -271,7 +243,7 @@ class JobRun:
 
     def _list_checkpoint(self, measured: StepMetrics) -> Steps[None]:
         """Make the adapter of this moment promptable."""
-        packed = yield from self._packed(f"step-{measured.step}", best=False)
+        packed = yield from pack_adapter(self._desk, self._t, f"step-{measured.step}", best=False)
         yield from self._call(self._room.output.keep, packed)
         self._room.output.warm(packed)
         manifest = asdict(packed.manifest)
@@ -320,7 +292,7 @@ class JobRun:
         """The job is no longer ours: another worker's, or over. In the job's thread."""
         logger.info("job dropped", extra={"action": "job_dropped", "job": self._claim.id})
         try:
-            is_over = self._room.fine_tuning.jobs.get(self._job.tenant, self._claim.id).status.is_over
+            is_over = self._room.fine_tuning.jobs.get(self.tenant, self._claim.id).status.is_over
         except JobNotFound:
             is_over = True
         if is_over:
@@ -338,7 +310,7 @@ class JobRun:
             groups["best"] = t.best
         reports = self._reporter.flush()
         state = yield from pack(t.progress, groups)
-        self._saving = self._thread.call(self._write_state, state, reports)
+        self._saving = self._desk.thread.call(self._write_state, state, reports)
         self._saved_at = self._room.clock()
         if wait_for_it:
             yield from wait(self._saving)
@@ -350,8 +322,6 @@ class JobRun:
         self._queue.save_state(self._claim, int(state.progress["step"]), {"name": name})
         self._states.prune(name, fence=self._claim.fence)
 
-    # ---- its end
-
     def _measure_base(self, held_out: HeldOut) -> Steps[None]:
         progress = self._t.progress
         if held_out.beta is not None:  # it is its own reference: every margin is zero
@@ -359,98 +329,6 @@ class JobRun:
             return
         base = yield from measure(bare_base(), held_out, max_tokens=progress.micro_batch_tokens)
         progress.base_loss, progress.base_accuracy = base.loss, base.accuracy
-
-    def _packed(self, name: str, *, best: bool) -> Steps[PackedAdapter]:
-        t, job = self._t, self._job
-        facts: dict[str, Any] = {"training": t.config.to_dict(), "data": [file.sha256 for file in job.spec.files]}
-        facts["step"] = t.progress.best_step if best and t.best else t.progress.step
-        pairs = t.exported(self._room.base.lora.paths, best=best)
-        try:
-            packed: PackedAdapter = yield from self._call(
-                self._room.output.pack, job, t.config, pairs, facts, self._scratch / name
-            )
-        except AdapterRefused as exc:
-            if isinstance(exc, AdapterValuesNotFinite | AdapterNormTooLarge):
-                raise JobFailed("nan_loss", f"The trained adapter cannot be used: {exc.message}") from exc
-            raise JobFailed(exc.code, f"The trained adapter cannot be served: {exc.message}") from exc
-        return packed
-
-    def _judge(self) -> Steps[tuple[PackedAdapter, Verdict]]:
-        """Measure the final adapter against the base and against what its alias points to now."""
-        t, job, progress = self._t, self._job, self._t.progress
-        packed = yield from self._packed("final", best=True)
-        self._room.output.warm(packed)
-        facts: dict[str, Any] = {}
-        live = yield from self._call(self._room.output.current, job)
-        rival = None
-        if live is not None and live.job_id != job.id:  # else an earlier attempt of ours has moved it already
-            rival = fixed_adapter(
-                self._room.base, (yield from self._call(self._room.output.fetch, live, self._scratch))
-            )
-            facts["live_version"] = live.version
-        budget = progress.micro_batch_tokens
-        if t.held_out is not None:
-            facts |= {"loss": progress.best_loss, "base_loss": progress.base_loss}
-            if rival is not None:
-                facts["live_loss"] = (yield from measure(rival, t.held_out, max_tokens=budget)).loss
-        else:
-            losses = yield from self._call(self._train_losses)
-            facts["train_loss_start"], facts["train_loss_end"] = start_and_end(losses)
-        if t.regression is not None:
-            other = rival if rival is not None else bare_base()
-            facts["regression_loss"] = (yield from measure(t.final_adapter(), t.regression, max_tokens=budget)).loss
-            facts["regression_live_loss"] = (yield from measure(other, t.regression, max_tokens=budget)).loss
-        facts |= yield from self._sample(packed)
-        publish = job.spec.publish
-        verdict = judge(GateFacts(**facts), min_improvement=publish.min_improvement, hold=publish.hold)
-        return packed, verdict
-
-    def _sample(self, packed: PackedAdapter) -> Steps[dict[str, float | None]]:
-        """How often greedy answers end by themselves; the base is asked only where the adapter's never do."""
-        t, sampler = self._t, self._room.sampler
-        shown = t.held_out.examples if t.held_out is not None else t.examples
-        prompts, max_tokens = sample_prompts(shown, max_context=self._room.base.shapes.max_context)
-        answers = yield from wait(sampler.start(self.tenant, packed.manifest, prompts, max_tokens=max_tokens))
-        rates = {"eos_rate": eos_rate(answers), "base_eos_rate": None}
-        if rates["eos_rate"] == 0:
-            answers = yield from wait(sampler.start(self.tenant, None, prompts, max_tokens=max_tokens))
-            rates["base_eos_rate"] = eos_rate(answers)
-        return rates
-
-    def _train_losses(self) -> list[float]:
-        metrics = self._room.fine_tuning.jobs.metrics(self._claim.id)
-        return [values["train_loss"] for _, values in metrics if "train_loss" in values]
-
-    def _publish(self, packed: PackedAdapter, verdict: Verdict) -> Steps[None]:
-        """Blobs and manifest, then the alias, then `succeeded`. Every step may be repeated by whoever comes next."""
-        t, job, output, alias = self._t, self._job, self._room.output, self._job.spec.publish.alias
-        yield from self._save(wait_for_it=True)
-        yield from self._call(self._queue.begin_publish, self._claim)
-        manifest = yield from self._call(output.publish, job, packed, alias=None)
-        try:
-            yield from self._call(self._queue.check, self._claim)
-        except StaleFence:
-            if (yield from self._call(self._is_cancelled)):
-                yield from self._call(output.retract, manifest)
-            raise
-        if verdict.passed:
-            manifest = yield from self._call(output.publish, job, packed, alias=alias)
-        yield from self._call(output.warm, output.published(packed, manifest), with_files=True)
-        result_file = yield from self._call(write_result_file, self._room.fine_tuning, job, self._scratch)
-        done = Succeeded(
-            adapter_version=manifest.version,
-            trained_tokens=t.progress.trained_tokens,
-            total_tokens=t.progress.total_tokens,
-            result_file=result_file,
-            gate=verdict.to_dict(),
-        )
-        yield from self._call(self._queue.succeed, self._claim, done)
-        logger.info("job succeeded", extra={"action": "job_succeeded", "job": job.id, "adapter": manifest.label})
-        yield from self._call(self._states.clear)
-
-    def _is_cancelled(self) -> bool:
-        job = self._room.fine_tuning.jobs.get(self._job.tenant, self._claim.id)
-        return job.status.is_over and job.adapter_version is None
 
     # ---- within
 
@@ -461,4 +339,4 @@ class JobRun:
 
     def _call(self, run: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Steps[T]:
         """Run something that blocks in the job's own thread."""
-        return (yield from wait(self._thread.call(run, *args, **kwargs)))
+        return (yield from self._desk.call(run, *args, **kwargs))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from adapters.weights import LoraPair
 from app.engine.base_model import BaseModel
 from app.training.adapter import MasterPair, TrainedAdapter, new_adapter
 from app.training.batching import BatchOrder, ExampleSizes, micro_batches
-from app.training.checkpoint import DurableState, StateStore
+from app.training.checkpoint import DurableState
 from app.training.config import TrainingConfig
 from app.training.eva import start_at_directions
 from app.training.evaluate import HeldOut
@@ -23,12 +21,8 @@ from app.training.examples import Examples
 from app.training.optimizer import AdapterOptimizer, RateSchedule
 from app.training.progress import Progress
 from app.training.publish import parent_of
-from app.training.work import Steps, wait
-from app.training.work_queue import ClaimedJob
-
-if TYPE_CHECKING:
-    from app.training.job_thread import JobThread
-    from app.training.run import Workroom
+from app.training.work import Steps
+from app.training.workroom import Desk
 
 UNTRAINED_DPO_LOSS = math.log(2)
 
@@ -92,16 +86,16 @@ class Trainee:
         }
 
 
-def set_up(room: Workroom, claim: ClaimedJob, thread: JobThread, states: StateStore, scratch: Path) -> Steps[Trainee]:
+def set_up(desk: Desk) -> Steps[Trainee]:
     """Raises DataRefused, StoreError and AdapterRefused of what the job names."""
-    job, config = claim.job, claim.job.config
+    room, job, config = desk.room, desk.job, desk.job.config
     assert config is not None, "a queued job has its configuration"
-    training = yield from wait(thread.call(room.fine_tuning.prepare, job.tenant, job.spec))
-    regression = yield from wait(thread.call(room.fine_tuning.prepare_regression, job.tenant, job.spec))
+    training = yield from desk.call(room.fine_tuning.prepare, job.tenant, job.spec)
+    regression = yield from desk.call(room.fine_tuning.prepare_regression, job.tenant, job.spec)
     start: dict[str, LoraPair] = {}
     parent = parent_of(job)
     if parent is not None:
-        start = yield from wait(thread.call(room.output.fetch, parent, scratch))
+        start = yield from desk.call(room.output.fetch, parent, desk.scratch)
     adapter = starting_adapter(room.base, config, start)
     reference = fixed_adapter(room.base, start) if start and config.beta is not None else None
     sizes = ExampleSizes.of(training.train)
@@ -122,7 +116,7 @@ def set_up(room: Workroom, claim: ClaimedJob, thread: JobThread, states: StateSt
         progress=Progress(micro_batch_tokens=room.micro_batch_tokens),
     )
     name = job.state.get("name") if job.state is not None else None
-    durable = yield from wait(thread.call(states.read_newest, first=name))
+    durable = yield from desk.call(desk.states.read_newest, first=name)
     if durable is not None:
         trainee.restore(durable)
     elif config.init == "eva" and not start:

@@ -10,6 +10,7 @@ import logging
 import queue
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -25,14 +26,16 @@ from app.training.job import JobNotFound, JobStatus, StaleFence
 from app.training.job_thread import JobThread
 from app.training.micro_step import PartResult, micro_step
 from app.training.reaper import Reaper
-from app.training.run import JobRun, Workroom
+from app.training.run import JobRun
 from app.training.work import Compute, Interrupted, OutOfMemory, PauseWanted, ReturnWanted, Spoiled, Turn, Wait, Work
 from app.training.work_queue import ClaimedJob
+from app.training.workroom import Desk, Workroom
 
 logger = logging.getLogger(__name__)
 
 MAX_JOBS = 4  # at work at once in one process: each holds its training state in memory
 POLL_S = 0.5  # between two looks for new jobs
+REST_S = 5.0  # after a job was given back for a fault that may pass: it is likely to meet it again here
 SWEEPS_PER_LEASE = 4
 
 
@@ -78,10 +81,13 @@ class Trainer:
         wake: Callable[[], object],
         max_jobs: int = MAX_JOBS,
         poll_s: float = POLL_S,
+        rest_s: float = REST_S,
     ) -> None:
         """`worker`: this process's name in the jobs table. `wake` makes a sleeping engine look again; any thread."""
         self._room, self._worker, self._lease_s, self._wake = room, worker, lease_s, wake
-        self._max_jobs, self._poll_s = max_jobs, poll_s
+        self._max_jobs, self._poll_s, self._rest_s = max_jobs, poll_s, rest_s
+        self._rest_until = 0.0  # time.monotonic()
+        self._starved: frozenset[str] = frozenset()  # jobs of tenants without one at work, at the last look
         self._arrivals: queue.SimpleQueue[_Active] = queue.SimpleQueue()
         self._leaving: queue.SimpleQueue[_Active | None] = queue.SimpleQueue()
         self._active: list[_Active] = []
@@ -239,6 +245,8 @@ class Trainer:
         return PauseWanted() if job.is_pausing else None
 
     def _let_go(self, job: _Active) -> None:
+        if job.run.met_fault:
+            self._rest_until = time.monotonic() + self._rest_s
         self._active.remove(job)
         job.steps.close()
         self._leaving.put(job)
@@ -258,7 +266,7 @@ class Trainer:
                 self._look_after()
                 if not self._has_room():
                     self._make_room()
-                elif claim := self._room.fine_tuning.queue.claim(self._worker):
+                elif not self._is_resting() and (claim := self._room.fine_tuning.queue.claim(self._worker)):
                     self._take(claim)
                     continue
             except ServerBusy:
@@ -282,24 +290,28 @@ class Trainer:
             if job.is_stale or job.is_pausing:
                 self._wake_up()
 
+    def _is_resting(self) -> bool:
+        return time.monotonic() < self._rest_until
+
     def _has_room(self) -> bool:
         return self.num_active < self._max_jobs
 
     def _make_room(self) -> None:
-        """Where a tenant waits that has no job at work anywhere, one that has several here gives back its latest."""
+        """Where a tenant waits that has no job at work anywhere, one that has several here gives one back: of the
+        lowest priority, its latest."""
         with self._claim_lock:
             claimed = list(self._claimed)
         held = Counter(job.run.tenant for job in claimed)
         tenant, count = held.most_common(1)[0] if held else ("", 0)
-        if (
-            count < 2
-            or any(job.is_yielding for job in claimed)
-            or not self._room.fine_tuning.queue.has_starved_tenant()
-        ):
+        if count < 2 or any(job.is_yielding for job in claimed):
             return
-        latest = [job for job in claimed if job.run.tenant == tenant][-1]
-        latest.is_yielding = True
-        logger.info("job makes room", extra={"action": "job_makes_room", "job": latest.claim.id, "tenant": tenant})
+        before, self._starved = self._starved, self._room.fine_tuning.queue.starved()
+        if not before & self._starved:  # a worker with room may be about to take it
+            return
+        mine = [job for job in reversed(claimed) if job.run.tenant == tenant]
+        chosen = min(mine, key=lambda job: job.claim.job.spec.training.priority)
+        chosen.is_yielding = True
+        logger.info("job makes room", extra={"action": "job_makes_room", "job": chosen.claim.id, "tenant": tenant})
         self._wake_up()
 
     def _take(self, claim: ClaimedJob) -> None:
@@ -307,7 +319,7 @@ class Trainer:
         scratch = tempfile.TemporaryDirectory(dir=self._room.scratch, prefix="training-")
         heart = Heartbeat(self._room.fine_tuning.queue, claim, lease_s=self._lease_s)
         heart.__enter__()
-        run = JobRun(self._room, claim, thread, Path(scratch.name))
+        run = JobRun(Desk(self._room, claim, thread, Path(scratch.name)))
         active = _Active(run, claim, heart, thread, scratch, run.steps())
         with self._claim_lock:
             self._claimed.append(active)

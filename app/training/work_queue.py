@@ -115,32 +115,33 @@ class WorkQueue:
             return False
         if job.started_at is None:
             job_rows.add_event(connection, job.id, now, "Fine-tuning job started")
-        elif note in ("paused", "released"):
+        elif note in ("paused", "returned"):
             job_rows.add_event(connection, job.id, now, f"Job resumed from step {_durable_step(job)}")
         elif note == "lost":
             message = f"The job's worker was lost; training continues from step {_durable_step(job)}"
             job_rows.add_event(connection, job.id, now, message, level="warn")
         return True
 
-    def has_starved_tenant(self) -> bool:
-        """True when a tenant has a job in the queue and none at work, here or elsewhere."""
+    def starved(self) -> frozenset[str]:
+        """Ids of the jobs in the queue whose tenants have none at work, here or elsewhere."""
         with reading(self._engine) as connection:
             if not has_unclaimed(connection, JobStatus.QUEUED, self._base_digest):
-                return False
+                return frozenset()
             found = unclaimed(connection, JobStatus.QUEUED, self._base_digest)
-        return any(not found["running"][waiting.tenant] for waiting in found["waiting"])
+        return frozenset(waiting.id for waiting in found["waiting"] if not found["running"][waiting.tenant])
 
-    def release(self, claim: ClaimedJob) -> None:
-        """Give the job back, at shutdown or to make room; another worker continues from its durable state."""
+    def release(self, claim: ClaimedJob, *, is_told: bool = False) -> None:
+        """Give the job back; another worker continues from its durable state. `is_told`: in the job's events, which is
+        for what happens seldom: a fault may bring a job back every few seconds."""
         with self._fenced(claim) as (connection, job):
             if job.status is JobStatus.VALIDATING:
                 self._require(job_rows.update(connection, job, worker=None, fence=job.fence + 1))
             else:
                 to = JobStatus.PAUSED if job.status is JobStatus.PAUSING else JobStatus.QUEUED
-                note = "paused" if to is JobStatus.PAUSED else "released"
-                now = self._wall()
+                now, is_told = self._wall(), is_told and to is JobStatus.QUEUED
+                note = "paused" if to is JobStatus.PAUSED else "returned" if is_told else None
                 self._require(job_rows.put_back(connection, job, to, now, note))
-                if note == "released":
+                if is_told:
                     job_rows.add_event(
                         connection, job.id, now, f"Job returned to the queue at step {_durable_step(job)}"
                     )

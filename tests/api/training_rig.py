@@ -67,7 +67,9 @@ def training_server(directory: Path) -> Iterator[Rig]:
     jobs, queue = JobStore(database), WorkQueue(database, base_id=services.base.id)
     limits = FileLimits(max_file_bytes=1 << 20, max_upload_bytes=200 << 20)
     files = FileStore(database, store, limits=limits)
-    base = TrainableBase(services.base, MAX_CONTEXT, hidden_size=32, num_layers=2, vocab_size=300, max_rank=64)
+    base = TrainableBase(
+        services.base, MAX_CONTEXT, hidden_size=32, num_layers=2, vocab_size=300, max_rank=64, micro_batch_tokens=128
+    )
     fine_tuning = FineTuning(
         jobs,
         queue,

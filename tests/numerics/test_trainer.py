@@ -331,7 +331,10 @@ def test_tenant_with_two_jobs_makes_room_for_one_that_has_none(base: BaseModel, 
         assert any(message.startswith("Job returned to the queue at step") for message in rig.messages(second))
         rig.wait(second, until=lambda job: job.status is JobStatus.RUNNING)
         assert any(message.startswith("Job resumed from step") for message in rig.messages(second))
-        assert rig.trainer.num_active == 2
+        deadline = time.monotonic() + 10
+        while rig.trainer.num_active < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         assert not any(message.startswith("Job returned") for message in rig.messages(first))
     finally:
         rig.close()

@@ -17,6 +17,7 @@ from app.database import metadata, migrate, open_database, writing
 from app.errors import ModelNotFound, RateLimited, RequestInvalid
 from app.training import tables
 from app.training.config import TrainableBase, TrainingConfig, auto_batch_size, auto_epochs, estimate, resolve
+from app.training.dataset_rows import Method
 from app.training.figures import JOB_BUCKETS_S, TrainingFigures
 from app.training.job import (
     TRANSITIONS,
@@ -43,6 +44,7 @@ BASE = TrainableBase(
     num_layers=1,
     vocab_size=32,
     max_rank=64,
+    micro_batch_tokens=64,
 )
 
 
@@ -383,14 +385,33 @@ def test_publishing_job_can_no_longer_be_cancelled(world: World) -> None:
     lambda queue, claim: queue.release(claim),
     lambda queue, claim: queue.lose(claim.id, claim.fence, 0),
 ])  # fmt: skip
-def test_job_given_back_while_it_published_can_be_cancelled_again(
+def test_job_given_back_while_it_published_may_be_live_and_is_not_cancelled(
     world: World, end: Callable[[WorkQueue, ClaimedJob], None]
 ) -> None:
     claim = world.running()
     world.queue.begin_publish(claim)
     end(world.queue, claim)
     assert world.status(claim.id) is JobStatus.QUEUED
-    assert world.jobs.cancel("acme", claim.id).status is JobStatus.CANCELLED
+    for act in (world.jobs.cancel, world.jobs.pause):
+        with pytest.raises(InvalidJobState):
+            act("acme", claim.id)
+    again = world.queue.claim("w2")
+    assert again is not None
+    world.queue.succeed(again, DONE)
+    assert world.status(claim.id) is JobStatus.SUCCEEDED
+
+
+def test_only_what_happens_seldom_is_told_when_a_job_is_given_back(world: World) -> None:
+    claim = world.running()
+    before = world.messages(claim.id)
+    for _ in range(3):  # a fault that stays
+        world.queue.release(claim)
+        claim = world.queue.claim("w")
+        assert claim is not None
+    assert world.messages(claim.id) == before
+    world.queue.release(claim, is_told=True)
+    assert world.queue.claim("w") is not None
+    assert world.messages(claim.id)[len(before) :] == ["Job returned to the queue at step 0", "Job resumed from step 0"]
 
 
 def test_validating_job_is_not_paused(world: World) -> None:
@@ -413,15 +434,18 @@ def test_every_status_can_be_reached_and_ends(world: World) -> None:
 
 
 def test_tenant_starves_while_it_waits_and_has_nothing_at_work(world: World) -> None:
-    assert not world.queue.has_starved_tenant()
+    assert world.queue.starved() == set()
     world.running()
-    assert not world.queue.has_starved_tenant()
+    assert world.queue.starved() == set()
     world.queued()
-    assert not world.queue.has_starved_tenant(), "its first job is at work"
-    world.queued(tenant="bolt")
-    assert world.queue.has_starved_tenant()
+    assert world.queue.starved() == set(), "its first job is at work"
+    waiting = world.queued(tenant="bolt")
+    assert world.queue.starved() == {waiting.id}
+    world.create(tenant="bolt")
+    assert world.queue.claim_validation("validator") is not None
+    assert world.queue.starved() == {waiting.id}, "validating is no training"
     assert world.queue.claim("w") is not None
-    assert not world.queue.has_starved_tenant()
+    assert world.queue.starved() == set()
 
 
 def test_tenants_take_turns_whatever_they_queue(world: World) -> None:
@@ -659,17 +683,19 @@ def test_asked_values_win_over_auto() -> None:
 
 def test_estimated_memory_counts_the_micro_batch_and_the_optimizers_moments() -> None:
     spec = JobSpec("tiny", PinnedFile("file-1", "0" * 64, 1), lora=LoraOptions(rank=4))
+    wide = BaseModelSpec("tiny", "0" * 64, (), {"model.layers.0.q_proj": (8, 8), "model.layers.0.up_proj": (8, 1024)})
 
-    def memory(micro_batch_tokens: int, **training: Any) -> int:
-        base = replace(BASE, micro_batch_tokens=micro_batch_tokens)
-        config = resolve(replace(spec, training=TrainingOptions(**training)), 80, base)
+    def memory(micro_batch_tokens: int, method: Method = Method.SUPERVISED, **training: Any) -> int:
+        base = replace(BASE, spec=wide, micro_batch_tokens=micro_batch_tokens)
+        config = resolve(replace(spec, method=method, training=TrainingOptions(**training)), 80, base)
         facts = {"num_examples": 80, "epoch_tokens": 800, "longest_tokens": 10, "tokens_per_s": None}
         return estimate(config, base, **facts).peak_memory_bytes
 
     assert memory(0) == memory(10) < memory(40) < memory(80)
     assert memory(80) == memory(8000), "a step of eight examples fills no more"
-    parameters = 4 * (8 + 8 + 8 + 16)
-    assert memory(0) - memory(0, optimizer="adamw_8bit") == 6 * parameters
+    assert memory(10, Method.DPO) == memory(20), "a preference is two sequences"
+    # B of up_proj is large enough for moments of 8 bits, the other factors are not.
+    assert memory(0) - memory(0, optimizer="adamw_8bit") == 6 * 4 * 1024
 
 
 def test_job_of_another_base_is_left_to_its_workers(world: World) -> None:
