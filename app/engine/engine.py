@@ -24,6 +24,7 @@ import torch
 from adapters.errors import AdapterError
 from adapters.manifest import AdapterManifest
 from adapters.weights import HostAdapter
+from app.engine.listeners import Listeners, Sink
 from app.engine.model_runner import ModelRunner
 from app.engine.residency import Arrival, Key, Residency
 from app.engine.sampler import Sampled
@@ -31,7 +32,6 @@ from app.engine.scheduler import Scheduler
 from app.engine.sequence import (
     Admitted,
     Batch,
-    Event,
     Finished,
     FinishReason,
     Request,
@@ -56,7 +56,6 @@ from app.errors import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Sink = Callable[[list[Event]], None]
 
 IDLE_WAIT_S = 0.25  # how long an idle engine sleeps between heartbeats
 FETCH_WAIT_S = 0.005  # how long it sleeps while all it could run waits for adapters; an arrival wakes it at once
@@ -124,8 +123,7 @@ class Engine:
         # OpenMP keeps a team a thread, and once teams outnumber the cores it sleeps at every barrier: a step took three
         # times as long. So whoever builds the engine stays at one thread, and this is the engine thread's own number.
         self.threads: int | None = None
-        self._sinks: dict[str, Sink] = {}
-        self._outbox: dict[Sink, list[Event]] = {}
+        self._listeners = Listeners()
         self._queued: Counter[str] = Counter()  # submitted and not yet absorbed, by tenant; guarded by the lock
         self._is_closed = False  # nobody reads the inbox any more; guarded by the lock
         self._warming: set[concurrent.futures.Future[Warmed]] = set()
@@ -241,7 +239,7 @@ class Engine:
         until = self._clock() + timeout_s
         while (left := until - self._clock()) > 0 and self.is_running:
             try:
-                if self.call(lambda: not self._sinks).result(timeout=left):
+                if self.call(lambda: not self._listeners).result(timeout=left):
                     return True
             except (TimeoutError, EngineNotReady):  # a step longer than the time that is left, or the thread's end
                 return False
@@ -322,16 +320,16 @@ class Engine:
         self._residency.new_step()
         self._residency.keep_parked(self._scheduler.waiting_keys)
         for sequence in self._scheduler.expire(now):
-            self._emit_finished(sequence, FinishReason.DEADLINE, DeadlineExceeded())
+            self._tell_end(sequence, FinishReason.DEADLINE, DeadlineExceeded())
         # After training, those who decode go first: their gap has been filled, and a prompt would come on top of it.
         batch = self._scheduler.schedule(now, decodes_only=self.training_budget.is_spent)
-        self._emit_admissions()
+        self._tell_admissions()
         has_run = bool(batch.chunks) and self._run_and_commit(batch)
         if has_run:
             took = self._clock() - now
             self.counters.observe(batch, took)
             self.training_budget.stepped(took, num_decodes=batch.num_decodes, has_prefill=batch.has_prefill)
-        self._flush()
+        self._listeners.flush()
         if now - self._last_snapshot > SNAPSHOT_EVERY_S or not self._scheduler.has_work:
             self.snapshot = self._take_snapshot()
         return has_run
@@ -353,19 +351,19 @@ class Engine:
                     self._queued[request.tenant] -= 1
                     if not self._queued[request.tenant]:
                         del self._queued[request.tenant]
-                self._sinks[request.id] = sink
+                self._listeners.add(request.id, sink)
                 self._scheduler.add(Sequence(request))
                 if request.adapter is not None:
                     self._residency.prefetch(request.adapter)
             case _Cancel(request_id):
                 sequence = self._scheduler.cancel(request_id)
                 if sequence is not None:
-                    self._emit_finished(sequence, FinishReason.CANCELLED)
+                    self._tell_end(sequence, FinishReason.CANCELLED)
             case Arrival():
                 self._residency.arrived(message)
                 failed = self._scheduler.adapter_arrived(message.key, message.error, message.tier)
                 for sequence in failed:
-                    self._emit_finished(sequence, FinishReason.ERROR, message.error)
+                    self._tell_end(sequence, FinishReason.ERROR, message.error)
             case _Call(run, future):
                 if future.set_running_or_notify_cancel():
                     try:
@@ -426,24 +424,24 @@ class Engine:
             sequence.first_token_at = self._clock()
             if sequence.request.sampling.prompt_logprobs is not None:
                 scored = tuple(sequence.prompt_logprobs)
-        self._emit(sequence.id, Token(sequence.id, result.token, result.logprob, scored))
+        self._listeners.tell(Token(sequence.id, result.token, result.logprob, scored))
         reason = finish_reason_after(sequence, result.token, self._scheduler.limits.max_context)
         if reason is not None:
             self._finish(sequence, reason)
 
-    def _emit_admissions(self) -> None:
+    def _tell_admissions(self) -> None:
         for sequence in self._scheduler.take_admitted():
-            self._emit(sequence.id, Admitted(sequence.id, sequence.num_cached))
+            self._listeners.tell(Admitted(sequence.id, sequence.num_cached))
         for sequence, error in self._scheduler.take_failed():
-            self._emit_finished(sequence, FinishReason.ERROR, error)
+            self._tell_end(sequence, FinishReason.ERROR, error)
 
     # ---- endings
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         self._scheduler.finish(sequence)
-        self._emit_finished(sequence, reason, error)
+        self._tell_end(sequence, reason, error)
 
-    def _emit_finished(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
+    def _tell_end(self, sequence: Sequence, reason: FinishReason, error: Exception | None = None) -> None:
         request = sequence.request
         timings = Timings(
             arrival=request.arrival,
@@ -455,8 +453,7 @@ class Engine:
             cached_tokens=sequence.num_cached,
             tier=sequence.tier,
         )
-        self._emit(sequence.id, Finished(sequence.id, reason, error, timings))
-        self._sinks.pop(sequence.id, None)
+        self._listeners.tell(Finished(sequence.id, reason, error, timings))
 
     def _fail_everything(self) -> None:
         """End every sequence with an error: the engine stops, or a step failed and no single one is to blame."""
@@ -466,28 +463,11 @@ class Engine:
         except Exception:  # books that disagree cannot be mended here; at least nobody waits for ever
             logger.critical("books disagree", extra={"action": "books_broken"}, exc_info=True)
             self._stopped.set()
-            for request_id in list(self._sinks):
-                self._emit(request_id, Finished(request_id, FinishReason.ERROR, copy.copy(error)))
-            self._sinks.clear()
+            self._listeners.tell_all(error)
             left = []
         for sequence in left:
-            self._emit_finished(sequence, FinishReason.ERROR, copy.copy(error))  # each is raised in a task of its own
-        self._flush()
-
-    # ---- events
-
-    def _emit(self, request_id: str, event: Event) -> None:
-        sink = self._sinks.get(request_id)
-        if sink is not None:
-            self._outbox.setdefault(sink, []).append(event)
-
-    def _flush(self) -> None:
-        outbox, self._outbox = self._outbox, {}
-        for sink, events in outbox.items():
-            try:
-                sink(events)
-            except Exception:  # a closed event loop is the listener's end, not ours
-                logger.warning("a listener is gone", extra={"action": "sink_failed"})
+            self._tell_end(sequence, FinishReason.ERROR, copy.copy(error))  # each is raised in a task of its own
+        self._listeners.flush()
 
     # ---- training
 
@@ -542,5 +522,5 @@ class Engine:
         """Raise AssertionError when an idle engine still holds blocks, leases or listeners."""
         self._scheduler.check()
         self._residency.pool.check()
-        assert not self._sinks, f"{len(self._sinks)} listeners are left"
+        assert not self._listeners, f"{len(self._listeners)} listeners are left"
         assert self._residency.pool.leased_rows == 0, "leases are left"
