@@ -87,7 +87,7 @@ class TenantLimits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompt and answer
     max_adapters: int | None = None
-    max_storage_bytes: int | None = None
+    max_storage_bytes: int | None = None  # of files and pending uploads; adapters may take as much again
     max_jobs: int | None = None  # unfinished fine-tuning jobs
     training_tokens_per_day: int | None = None  # of the jobs made in 24 hours; reached, no further job is made
 

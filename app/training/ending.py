@@ -77,7 +77,7 @@ def publish_adapter(desk: Desk, t: Trainee, packed: PackedAdapter, verdict: Verd
     try:
         yield from desk.call(desk.queue.check, desk.claim)
     except StaleFence:
-        if (yield from desk.call(_is_cancelled, desk)):
+        if (yield from desk.call(_is_over_without_version, desk)):
             yield from desk.call(output.retract, manifest)
         raise
     if verdict.passed:
@@ -113,6 +113,7 @@ def _train_losses(desk: Desk) -> list[float]:
     return [values["train_loss"] for _, values in metrics if "train_loss" in values]
 
 
-def _is_cancelled(desk: Desk) -> bool:
+def _is_over_without_version(desk: Desk) -> bool:
+    """Another worker took the job over and it failed there: nobody would ever speak of this version."""
     job = desk.room.fine_tuning.jobs.get(desk.job.tenant, desk.job.id)
     return job.status.is_over and job.adapter_version is None
