@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -49,6 +50,7 @@ class Workers:
     def __init__(self, base_dir: Path, directory: Path) -> None:
         command = [sys.executable, "-m", "tests.real.kill_points", str(base_dir), str(directory)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._running: set[int] = set()
         self.log = directory / "workers.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -62,9 +64,16 @@ class Workers:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, self.log.read_text()[-4000:]
+        if "start" in message:
+            self._running.add(int(answer))
+        else:
+            self._running.discard(message["wait"])
         return int(answer)
 
     def close(self) -> None:
+        for pid in self._running:  # a test that failed leaves a stopped one
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
