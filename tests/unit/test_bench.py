@@ -15,8 +15,16 @@ from typer.testing import CliRunner
 from adapters.errors import ObjectNotFound
 from adapters.store import DirectoryStore
 from app.__main__ import build_app
+from app.bench import plot
 from app.bench.cold import ARRIVALS, KINDS, measure_cold
-from app.bench.coserving import Window, measure_coserving, random_arrivals
+from app.bench.coserving import (
+    CoservingResult,
+    Kind,
+    LoadPoint,
+    Window,
+    measure_coserving,
+    random_arrivals,
+)
 from app.bench.exactness import differences, require_equal
 from app.bench.figures import Percentiles, ProcessFacts, RequestTrace, RoundTrace, make_row, percentile, ratio
 from app.bench.http_client import news_times, sse_events
@@ -390,3 +398,43 @@ def test_the_json_holds_every_row_with_what_computed_it(tmp_path: Path) -> None:
     assert body["rows"][0]["facts"]["dtype"] == "float32"
     assert body["machine"]["is_busy"] is True
     assert [found["is_met"] for found in body["comparisons"]] == [True, False, True]
+
+
+def coserving_report() -> Report:
+    def kind(share: float, p95: float, trained: float) -> Kind:
+        return Kind(share, Percentiles(100.0, p95, 300.0), Percentiles(400.0, 500.0, 600.0), (p95,), 25.0, trained)
+
+    report = full_report()
+    # Speed kept need not rise with the share: the plot has room for the first point, too.
+    point = LoadPoint(0.5, kind(0.0, 200.0, 0.0), (kind(0.2, 250.0, 40.0), kind(0.4, 300.0, 30.0)))
+    report.coserving = CoservingResult(8, 55.0, 80.0, 79.0, (point,))
+    return report
+
+
+def test_the_report_tells_the_curve_of_training_beside_serving(tmp_path: Path) -> None:
+    report, console = coserving_report(), wide_console()
+    with console.capture() as captured:
+        report.print(console)
+    text = captured.get()
+    rows = [line for line in text.splitlines() if line.startswith("│ 0.5 │")]
+    assert [("off" in row, "1.25x" in row, "1.50x" in row) for row in rows] == [
+        (True, False, False), (False, True, False), (False, False, True),
+    ]  # fmt: skip
+    assert "50 %" in rows[1]
+    report.write_json(tmp_path / "bench.json")
+    (point,) = json.loads((tmp_path / "bench.json").read_text())["coserving"]["points"]
+    assert [(kind["p95_ratio"], kind["share_kept"]) for kind in point["on"]] == [(1.25, 0.5), (1.5, 0.375)]
+
+
+def test_the_plot_of_training_beside_serving_shows_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(plot.plt, "close", shown.append)
+    plot.write_coserving_plot(coserving_report(), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (axis,) = shown[0].axes
+    drawn = axis.lines[0]
+    assert list(drawn.get_xdata()) == [0, 50, 37.5]
+    assert list(drawn.get_ydata()) == [1, 1.25, 1.5]
+    low, high = axis.get_xlim()
+    assert low <= 0
+    assert high > 50
