@@ -41,12 +41,11 @@ SWEEPS_PER_LEASE = 4
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """A claimed job at work here. The engine thread's, but for its heart and thread."""
+    """A claimed job at work here. The engine thread's, but for its heart and its desk's thread."""
 
     run: JobRun
-    claim: ClaimedJob
+    desk: Desk
     heart: Heartbeat
-    thread: JobThread
     scratch: tempfile.TemporaryDirectory[str]
     steps: Generator[Work, Any, None]
     wants: Work | None = None  # what the generator waits for; None before its first step
@@ -220,11 +219,11 @@ class Trainer:
         except StopIteration:
             self._let_go(job)
         except (StaleFence, Interrupted):
-            logger.info("job dropped", extra={"action": "job_dropped", "job": job.claim.id})
+            logger.info("job dropped", extra={"action": "job_dropped", "job": job.desk.claim.id})
             self._let_go(job)
         except Exception as exc:
             # Even saying so failed: the heart stops, and the reaper gives the job to somebody else.
-            logger.error("job lost", extra={"action": "job_lost", "job": job.claim.id}, exc_info=exc)
+            logger.error("job lost", extra={"action": "job_lost", "job": job.desk.claim.id}, exc_info=exc)
             self._let_go(job)
 
     def _interrupt_where_asked(self) -> None:
@@ -281,11 +280,11 @@ class Trainer:
             watched = list(self._claimed)
         for job in watched:
             try:
-                row = self._room.fine_tuning.jobs.get(job.run.tenant, job.claim.id)
+                row = self._room.fine_tuning.jobs.get(job.run.tenant, job.desk.claim.id)
             except JobNotFound:
                 job.is_stale = True
                 continue
-            job.is_stale = row.fence != job.claim.fence or row.status.is_over
+            job.is_stale = row.fence != job.desk.claim.fence or row.status.is_over
             job.is_pausing = row.status is JobStatus.PAUSING
             if job.is_stale or job.is_pausing:
                 self._wake_up()
@@ -309,9 +308,9 @@ class Trainer:
         if not before & self._starved:  # a worker with room may be about to take it
             return
         mine = [job for job in reversed(claimed) if job.run.tenant == tenant]
-        chosen = min(mine, key=lambda job: job.claim.job.spec.training.priority)
+        chosen = min(mine, key=lambda job: job.desk.claim.job.spec.training.priority)
         chosen.is_yielding = True
-        logger.info("job makes room", extra={"action": "job_makes_room", "job": chosen.claim.id, "tenant": tenant})
+        logger.info("job makes room", extra={"action": "job_makes_room", "job": chosen.desk.claim.id, "tenant": tenant})
         self._wake_up()
 
     def _take(self, claim: ClaimedJob) -> None:
@@ -319,8 +318,9 @@ class Trainer:
         scratch = tempfile.TemporaryDirectory(dir=self._room.scratch, prefix="training-")
         heart = Heartbeat(self._room.fine_tuning.queue, claim, lease_s=self._lease_s)
         heart.__enter__()
-        run = JobRun(Desk(self._room, claim, thread, Path(scratch.name)))
-        active = _Active(run, claim, heart, thread, scratch, run.steps())
+        desk = Desk(self._room, claim, thread, Path(scratch.name))
+        run = JobRun(desk)
+        active = _Active(run, desk, heart, scratch, run.steps())
         with self._claim_lock:
             self._claimed.append(active)
         self._arrivals.put(active)
@@ -345,7 +345,7 @@ class Trainer:
         """End the hearts and threads of jobs that are through: both may wait for a database."""
         while (job := self._leaving.get()) is not None:
             job.heart.__exit__(None, None, None)
-            job.thread.close()
+            job.desk.thread.close()
             job.scratch.cleanup()
             with self._claim_lock:
                 self._claimed.remove(job)
@@ -362,7 +362,7 @@ class Trainer:
             self._arrive(self._arrivals.get())
         self._shared = None  # gradients that were being summed up are made again by whoever continues
         for job in list(self._active):
-            job.thread.hurry()
+            job.desk.thread.hurry()
             if job.wants is None:  # claimed and not begun
                 job.wants = job.steps.send(None)
         self._interrupt_where_asked()
