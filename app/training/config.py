@@ -174,18 +174,20 @@ def resolve(spec: JobSpec, num_examples: int, base: TrainableBase) -> TrainingCo
 
 def lora_parameters(base: BaseModelSpec, rank: int, target_modules: tuple[str, ...]) -> int:
     """Trained numbers: rank x (in + out) of every target linear."""
-    targets = set(target_modules)
-    return sum(rank * (i + o) for path, (i, o) in base.linears.items() if path.rsplit(".", 1)[1] in targets)
+    return sum(_factor_sizes(base, rank, target_modules))
+
+
+def _factor_sizes(base: BaseModelSpec, rank: int, target_modules: tuple[str, ...]) -> list[int]:
+    """Numbers in each factor: A is rank x in, B is out x rank."""
+    shapes = (shape for path, shape in base.linears.items() if path.rsplit(".", 1)[1] in target_modules)
+    return [rank * features for shape in shapes for features in shape]
 
 
 def training_state_bytes(config: TrainingConfig, base: BaseModelSpec) -> int:
     """Weights, gradients and moments."""
-    targets = set(config.target_modules)
-    shapes = [shape for path, shape in base.linears.items() if path.rsplit(".", 1)[1] in targets]
-    sizes = [config.rank * features for shape in shapes for features in shape]  # A is rank x in, B is out x rank
-    is_8bit = [config.optimizer == "adamw_8bit" and size >= MIN_8BIT_NUMBERS for size in sizes]
-    each = [BYTES_PER_TRAINED_8BIT if small else BYTES_PER_TRAINED for small in is_8bit]
-    return sum(size * num_bytes for size, num_bytes in zip(sizes, each, strict=True))
+    sizes = _factor_sizes(base, config.rank, config.target_modules)
+    large = sum(size for size in sizes if config.optimizer == "adamw_8bit" and size >= MIN_8BIT_NUMBERS)
+    return large * BYTES_PER_TRAINED_8BIT + (sum(sizes) - large) * BYTES_PER_TRAINED
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,9 +164,8 @@ class FileStore:
     def _insert(self, values: Mapping[str, Any], max_stored_bytes: int | None) -> StoredFile:
         table = tables.files
         with writing(self._engine) as connection:
-            job_rows.lock_tenant(
-                connection, values["tenant"]
-            )  # of two files for which there is room for one, one stays
+            # Of two files for which there is room for one, one stays.
+            job_rows.lock_tenant(connection, values["tenant"])
             require_room(connection, values["tenant"], values["num_bytes"], max_stored_bytes)
             connection.execute(sa.insert(table).values(**values))
             return file_of(connection.execute(sa.select(table).where(table.c.id == values["id"])).one())
